@@ -1,0 +1,340 @@
+"""`GraphBatch`: a batch of feed-forward networks as node and edge features over a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .plan import GraphPlan, merge_slices
+
+
+class RowSplit:
+    """Rows of a two-way partition (sign and scale neurons of a hetero batch), as index tensors made once per batch.
+
+    ``select(start, stop)`` gives the rows of each side within a range of plan rows, relative to its start, without
+    synchronising with the device: the counts at all block boundaries are kept on the host.
+    """
+
+    def __init__(self, flags: Tensor, boundaries: Sequence[int]):
+        self.true_rows = flags.nonzero().squeeze(1)
+        self.false_rows = (~flags).nonzero().squeeze(1)
+        running = torch.cat([flags.new_zeros(1, dtype=torch.long), flags.long().cumsum(0)])
+        counts = running[torch.as_tensor(list(boundaries), device=flags.device)].tolist()
+        self.counts = dict(zip(boundaries, counts, strict=True))
+
+    def select(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        a, b = self.counts[start], self.counts[stop]
+        true_rows, false_rows = self.true_rows[a:b], self.false_rows[start - a : stop - b]
+        return (true_rows - start, false_rows - start) if start else (true_rows, false_rows)
+
+
+class GraphBatch:
+    """A batch of networks: neurons are nodes (feature: bias), weights are edges (source neuron -> target neuron).
+
+    Attributes:
+        node_features: [N, d_v], floating point, in plan order.
+        edge_features: [E, d_e], same dtype and device, in plan order.
+        plan: the `GraphPlan`.
+        sign_mask: bool [N] or None; for ``hetero`` models, True where a neuron has the sign symmetry, else scale.
+
+    Gradients flow from the features back to the tensors they were built from.
+    """
+
+    def __init__(self, node_features: Tensor, edge_features: Tensor, plan: GraphPlan, sign_mask: Tensor | None = None):
+        for name, value, rows in (
+            ("node_features", node_features, plan.num_nodes),
+            ("edge_features", edge_features, plan.num_edges),
+        ):
+            if value.ndim != 2 or value.shape[0] != rows:
+                raise ValueError(f"{name} must have shape [{rows}, d], got {list(value.shape)}")
+            if not value.is_floating_point():
+                raise TypeError(f"{name} must be floating point, got {value.dtype}")
+        if edge_features.dtype != node_features.dtype:
+            raise TypeError(f"edge_features must have node_features' dtype {node_features.dtype}, got {edge_features.dtype}")
+        if not node_features.device == edge_features.device == plan.device:
+            raise ValueError(
+                "node_features, edge_features and plan must be on one device, "
+                f"got {node_features.device}, {edge_features.device}, {plan.device}"
+            )
+        if sign_mask is not None:
+            if sign_mask.dtype != torch.bool or sign_mask.shape != (plan.num_nodes,):
+                raise ValueError(f"sign_mask must be bool [{plan.num_nodes}], got {sign_mask.dtype} {list(sign_mask.shape)}")
+            if sign_mask.device != plan.device:
+                raise ValueError(f"sign_mask must be on {plan.device}, got {sign_mask.device}")
+        self.node_features, self.edge_features, self.plan, self.sign_mask = node_features, edge_features, plan, sign_mask
+        self._splits: dict[str, RowSplit] = {}
+
+    num_graphs = property(lambda self: self.plan.num_graphs)
+    num_nodes = property(lambda self: self.plan.num_nodes)
+    num_edges = property(lambda self: self.plan.num_edges)
+    layouts = property(lambda self: self.plan.layouts)
+    device = property(lambda self: self.node_features.device)
+    dtype = property(lambda self: self.node_features.dtype)
+
+    def __repr__(self) -> str:
+        layouts = ", ".join(f"{count} x {list(layout) if layout else 'dag'}" for layout, count, _ in self.plan.parts)
+        return f"GraphBatch({layouts}; nodes {list(self.node_features.shape)}, edges {list(self.edge_features.shape)}, {self.dtype}, {self.device})"
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        *,
+        input_value: float = 1.0,
+        sign_mask: Tensor | None = None,
+    ) -> GraphBatch:
+        """Batch of equally shaped networks from their stacked parameters.
+
+        Args:
+            weights: per layer [B, n_in, n_out, d_e] or [B, n_in, n_out] (input neuron first), floating point.
+            biases: per layer [B, n_out, 1] or [B, n_out].
+            input_value: node feature of first-layer neurons, which have no bias: 1 for INRs, 0 for CNNs.
+            sign_mask: bool [B] (per network) or [B, neurons] (per neuron, layer by layer from the input): True where
+                the sign symmetry holds, False for scale. Needed by ``hetero`` models only.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type, number, shape, dtype or device; an empty batch.
+        """
+        weights, biases = _check_weights(weights, biases)
+        num_graphs = weights[0].shape[0]
+        layout = (weights[0].shape[1], *(w.shape[2] for w in weights))
+        plan = GraphPlan.from_layout(layout, num_graphs).to(weights[0].device)
+        d_v = biases[0].shape[2]
+        first = weights[0].new_full((num_graphs * layout[0], d_v), float(input_value))
+        nodes = torch.cat([*(b.reshape(-1, d_v) for b in reversed(biases)), first])
+        edges = torch.cat([w.transpose(1, 2).reshape(-1, w.shape[3]) for w in reversed(weights)])
+        return cls(nodes, edges, plan, _plan_sign_mask(sign_mask, plan, layout))
+
+    @classmethod
+    def from_edges(
+        cls,
+        node_features: Tensor,
+        edge_index: Tensor,
+        edge_features: Tensor,
+        *,
+        graph: Tensor | None = None,
+        sign_mask: Tensor | None = None,
+    ) -> GraphBatch:
+        """Batch from any directed acyclic graphs; rows are brought into plan order.
+
+        Args:
+            node_features: [N, d_v]; edge_features: [E, d_e].
+            edge_index: integer [2, E], source and target rows. Nodes without in-edges are first-layer nodes, others
+                without out-edges last-layer nodes.
+            graph: integer [N], graph of each node; one graph if None.
+            sign_mask: bool [N] or one per graph.
+
+        Raises:
+            ValueError: see `GraphPlan.from_edges`; a cycle among the edges.
+        """
+        if node_features.ndim != 2 or edge_features.ndim != 2:
+            raise ValueError(
+                f"node_features and edge_features must be [rows, d], got {list(node_features.shape)}, {list(edge_features.shape)}"
+            )
+        if edge_index.ndim == 2 and edge_index.shape[1] != edge_features.shape[0]:
+            raise ValueError(f"edge_features must have {edge_index.shape[1]} rows, one per edge, got {edge_features.shape[0]}")
+        numpy_graph = None if graph is None else graph.detach().cpu().numpy()
+        plan, node_order, edge_order = GraphPlan.from_edges(
+            edge_index.detach().cpu().numpy(), node_features.shape[0], numpy_graph
+        )
+        device = node_features.device
+        node_order = torch.from_numpy(node_order).to(device)
+        edge_order = torch.from_numpy(edge_order).to(device)
+        plan = plan.to(device)
+        if sign_mask is not None:
+            _check_mask_type(sign_mask, device)
+            if sign_mask.shape == (plan.num_graphs,):
+                sign_mask = sign_mask[plan.index("node_graph")]
+            elif sign_mask.shape == node_order.shape:
+                sign_mask = sign_mask[node_order]
+            else:
+                raise ValueError(
+                    f"sign_mask must have shape [{plan.num_graphs}] or [{plan.num_nodes}], got {list(sign_mask.shape)}"
+                )
+        return cls(node_features[node_order], edge_features[edge_order], plan, sign_mask)
+
+    @classmethod
+    def cat(cls, batches: Sequence[GraphBatch]) -> GraphBatch:
+        """One batch of all networks of several, in order; layouts may differ.
+
+        Raises:
+            ValueError: no batches; feature widths, dtypes or devices that differ; a sign mask on some but not all.
+        """
+        batches = list(batches)
+        if not batches:
+            raise ValueError("batches must hold at least one GraphBatch, got none")
+        for name in ("dtype", "device"):
+            found = {getattr(batch, name) for batch in batches}
+            if len(found) > 1:
+                raise ValueError(f"batches must share one {name}, got {sorted(map(str, found))}")
+        for name in ("node_features", "edge_features"):
+            found = {getattr(batch, name).shape[1] for batch in batches}
+            if len(found) > 1:
+                raise ValueError(f"batches must share one width of {name}, got {sorted(found)}")
+        masked = [batch.sign_mask is not None for batch in batches]
+        if any(masked) != all(masked):
+            raise ValueError(f"sign_mask must be given for all batches or none, got it for {sum(masked)} of {len(masked)}")
+        if len(batches) == 1:
+            return batches[0]
+        node_slices, edge_slices, _ = merge_slices([batch.plan.blocks for batch in batches])
+        plan = GraphPlan.cat([batch.plan for batch in batches])
+        nodes = torch.cat([batches[part].node_features[rows] for part, rows in node_slices])
+        edges = torch.cat([batches[part].edge_features[rows] for part, rows in edge_slices])
+        mask = torch.cat([batches[part].sign_mask[rows] for part, rows in node_slices]) if all(masked) else None
+        return cls(nodes, edges, plan, mask)
+
+    # -- reading back ------------------------------------------------------------------------------------------------
+
+    def to_weights(self):
+        """Per-layer tensors back from the features: ``(weights, biases)`` in `from_weights`' shapes.
+
+        A batch joined by `cat` gives a list of such pairs, one per joined batch.
+
+        Raises:
+            ValueError: a part is no dense stack of layers (a graph with skipping edges).
+        """
+        plan = self.plan
+        node_slices, edge_slices, _ = merge_slices([blocks for _, _, blocks in plan.parts])
+        nodes = _split(self.node_features, node_slices, len(plan.parts))
+        edges = _split(self.edge_features, edge_slices, len(plan.parts))
+        results = []
+        for (layout, count, _), x, e in zip(plan.parts, nodes, edges, strict=True):
+            if layout is None:
+                raise ValueError("to_weights needs dense stacks of layers, got a graph with skipping or missing edges")
+            weights, biases, row, edge = [], [], 0, 0
+            for fan_in, width in reversed(list(zip(layout[:-1], layout[1:], strict=True))):
+                biases.append(x[row : row + count * width].reshape(count, width, -1))
+                row += count * width
+                block = e[edge : edge + count * width * fan_in]
+                weights.append(block.reshape(count, width, fan_in, -1).transpose(1, 2))
+                edge += count * width * fan_in
+            results.append((weights[::-1], biases[::-1]))
+        return results[0] if len(results) == 1 else results
+
+    def with_features(self, node_features: Tensor, edge_features: Tensor) -> GraphBatch:
+        """The same graphs with other features."""
+        return GraphBatch(node_features, edge_features, self.plan, self.sign_mask)
+
+    # -- moving ------------------------------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False) -> GraphBatch:
+        """The batch on a device and in a floating dtype. The plan's copy on a device is cached."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be floating point, got {dtype}")
+        device = self.device if device is None else torch.device(device)
+        moved = GraphBatch(
+            self.node_features.to(device, dtype, non_blocking=non_blocking),
+            self.edge_features.to(device, dtype, non_blocking=non_blocking),
+            self.plan.to(device),
+            None if self.sign_mask is None else self.sign_mask.to(device, non_blocking=non_blocking),
+        )
+        for name, split in self._splits.items():
+            copy = RowSplit.__new__(RowSplit)
+            copy.true_rows, copy.false_rows = split.true_rows.to(device), split.false_rows.to(device)
+            copy.counts = split.counts
+            moved._splits[name] = copy
+        return moved
+
+    def pin_memory(self) -> GraphBatch:
+        """The batch in page-locked memory, for asynchronous copies to a GPU."""
+        mask = None if self.sign_mask is None else self.sign_mask.pin_memory()
+        return GraphBatch(
+            self.node_features.pin_memory(), self.edge_features.pin_memory(), self.plan.pin_memory(), mask
+        )
+
+    # -- partition of a hetero batch ---------------------------------------------------------------------------------
+
+    def sign_split(self, rows: str) -> RowSplit:
+        """Partition by the sign mask of ``"nodes"``, of forward messages (``"edges"``, by target) or of backward ones
+        (``"reversed"``, in ``source_order``, by source)."""
+        if rows not in self._splits:
+            plan = self.plan
+            if rows == "nodes":
+                flags, boundaries = self.sign_mask, _running(block.nodes for block in plan.blocks)
+            elif rows == "edges":
+                flags, boundaries = self.sign_mask[plan.index("target")], _running(block.edges for block in plan.blocks)
+            else:
+                _, receiver = plan.reversed_ends()
+                flags = self.sign_mask[receiver]
+                boundaries = [0, plan.num_edges - plan.edges_from_first, plan.num_edges]
+            self._splits[rows] = RowSplit(flags, sorted(set(boundaries)))
+        return self._splits[rows]
+
+
+def _running(sizes) -> list[int]:
+    total, out = 0, [0]
+    for size in sizes:
+        total += size
+        out.append(total)
+    return out
+
+
+def _split(rows: Tensor, slices, parts: int) -> list[Tensor]:
+    found = [[] for _ in range(parts)]
+    position = 0
+    for part, piece in slices:
+        count = piece.stop - piece.start
+        found[part].append(rows[position : position + count])
+        position += count
+    return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in found]
+
+
+def _check_weights(weights, biases) -> tuple[list[Tensor], list[Tensor]]:
+    weights, biases = list(weights), list(biases)
+    if not weights:
+        raise ValueError("weights must hold at least one layer, got none")
+    if len(biases) != len(weights):
+        raise ValueError(f"biases must hold one tensor per layer, {len(weights)}, got {len(biases)}")
+    first = weights[0]
+    for name, tensors, dims in (("weights", weights, (3, 4)), ("biases", biases, (2, 3))):
+        for index, value in enumerate(tensors):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}[{index}] must be a torch.Tensor, got {type(value).__name__}")
+            if value.ndim not in dims:
+                raise ValueError(f"{name}[{index}] must have {dims[0]} or {dims[1]} dimensions, got shape {list(value.shape)}")
+            if not value.is_floating_point() or value.dtype != first.dtype:
+                raise TypeError(f"{name}[{index}] must be floating point of weights[0]'s dtype {first.dtype}, got {value.dtype}")
+            if value.device != first.device:
+                raise ValueError(f"{name}[{index}] must be on weights[0]'s device {first.device}, got {value.device}")
+    weights = [w.unsqueeze(-1) if w.ndim == 3 else w for w in weights]
+    biases = [b.unsqueeze(-1) if b.ndim == 2 else b for b in biases]
+    num_graphs, _, _, d_e = weights[0].shape
+    if num_graphs == 0:
+        raise ValueError(f"weights[0] must hold at least one network (dimension 0), got shape {list(weights[0].shape)}")
+    width = weights[0].shape[1]
+    for index, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        expected = [num_graphs, width, w.shape[2], d_e]
+        if list(w.shape) != expected:
+            raise ValueError(f"weights[{index}] must have shape {expected}, got {list(w.shape)}")
+        if list(b.shape) != [num_graphs, w.shape[2], biases[0].shape[2]]:
+            raise ValueError(f"biases[{index}] must have shape {[num_graphs, w.shape[2], biases[0].shape[2]]}, got {list(b.shape)}")
+        width = w.shape[2]
+    return weights, biases
+
+
+def _check_mask_type(mask, device) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"sign_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask.device != device:
+        raise ValueError(f"sign_mask must be on {device}, got {mask.device}")
+
+
+def _plan_sign_mask(mask: Tensor | None, plan: GraphPlan, layout: tuple[int, ...]) -> Tensor | None:
+    if mask is None:
+        return None
+    _check_mask_type(mask, plan.device)
+    count = plan.num_graphs
+    if mask.shape == (count,):
+        return mask[plan.index("node_graph")]
+    if mask.shape == (count, sum(layout)):
+        return torch.cat([piece.reshape(-1) for piece in reversed(mask.split(list(layout), dim=1))])
+    raise ValueError(f"sign_mask must have shape [{count}] or [{count}, {sum(layout)}], got {list(mask.shape)}")
+
+
