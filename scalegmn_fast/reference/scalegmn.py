@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -99,12 +100,7 @@ class _Graph:
         starts = [sum(layout[:layer]) for layer in range(len(layout) + 1)]
         self.layers = [range(starts[layer], starts[layer + 1]) for layer in range(len(layout))]
         self.num_nodes = starts[-1]
-        pairs = [
-            (source, target)
-            for before, after in zip(self.layers[:-1], self.layers[1:], strict=True)
-            for source in before
-            for target in after
-        ]
+        pairs = [(source, target) for before, after in pairwise(self.layers) for source in before for target in after]
         self.source = torch.tensor([pair[0] for pair in pairs])
         self.target = torch.tensor([pair[1] for pair in pairs])
         layer_of = torch.tensor([layer for layer, nodes in enumerate(self.layers) for _ in nodes])
@@ -163,7 +159,9 @@ class _Model:
             y = self.linear(f"{name}.fc.{i}", x)
             if i < last:
                 if args["layer_norm"]:
-                    y = F.layer_norm(y, y.shape[-1:], self.state[f"{name}.ln.{i}.weight"], self.state[f"{name}.ln.{i}.bias"])
+                    y = F.layer_norm(
+                        y, y.shape[-1:], self.state[f"{name}.ln.{i}.weight"], self.state[f"{name}.ln.{i}.bias"]
+                    )
                 if args["batch_norm"]:
                     mean, variance, scale, shift = (
                         self.state[f"{name}.bn.{i}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
@@ -339,9 +337,7 @@ class _Model:
                     self.message_pass(forward, x, e, source, target, rows, shown("pos_embed_msg", source)),
                     self.message_pass(backward, x, e_back, target, source, rows, shown("pos_embed_msg", target)),
                 ]
-                updated = self.node_update(
-                    f"gnn.update_node_feats_fn.{i}", x, aggregated, rows, shown("pos_embed_upd")
-                )
+                updated = self.node_update(f"gnn.update_node_feats_fn.{i}", x, aggregated, rows, shown("pos_embed_upd"))
                 if update_edges:
                     e = self.edge_update(f"gnn.fw_update_edge_attr_fn.{i}", x, e, source, target, rows)
                     if self.symmetry == "scale":
@@ -380,7 +376,7 @@ class _Model:
         layout = self.graph.layout
         weights, biases = [], []
         edge = 0
-        for layer, (n_in, n_out) in enumerate(zip(layout[:-1], layout[1:], strict=True)):
+        for layer, (n_in, n_out) in enumerate(pairwise(layout)):
             block = e[:, edge : edge + n_in * n_out].unflatten(1, (n_in, n_out))
             edge += n_in * n_out
             weights.append(block * self.state[f"weight_scale.{layer}"])
