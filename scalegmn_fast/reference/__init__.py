@@ -1,0 +1,10 @@
+"""Every op in plain, differentiable PyTorch: any device, any floating dtype, second order included.
+
+The oracle of the tests, the baseline of the benchmarks and the backend of last resort. float16 and bfloat16 inputs are
+computed in float32 and cast once at the end, as the fused kernels do.
+"""
+
+from scalegmn_fast.reference.segment_reduce import segment_reduce
+from scalegmn_fast.reference.symmetrize import symmetrize
+
+__all__ = ["segment_reduce", "symmetrize"]
