@@ -37,7 +37,7 @@ def random_weights(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
-    """Normal weights [batch, n_in, n_out, d_e], scaled by 1 / sqrt(n_in), drawn on the CPU: the same for every device."""
+    """Normal weights [batch, n_in, n_out, d_e], scaled by 1 / sqrt(n_in), drawn on the CPU."""
     return [
         (torch.randn(batch, n_in, n_out, d_e, generator=generator, dtype=torch.float64) / n_in**0.5).to(device, dtype)
         for n_in, n_out in pairwise(layout)
@@ -111,8 +111,8 @@ def random_config(
 ) -> dict[str, Any]:
     """A random valid model configuration (``scalegmn_args`` with ``layer_layout``), small.
 
-    Every option but the activation "sine" inside an mlp: a chain of sin(30 x) multiplies rounding errors by 30 per layer, so
-    that two correct float64 implementations differ.
+    Every option but the activation "sine" inside an mlp: a chain of sin(30 x) multiplies rounding errors by 30 per
+    layer, so that two correct float64 implementations differ.
 
     Args:
         rng: source of the draws.
@@ -135,7 +135,7 @@ def random_config(
     def coin(p: float = 0.5) -> bool:
         return rng.random() < p
 
-    d = rng.choice((2, 3, 5))
+    d = rng.choice((3, 4, 5))
     bidirectional = direction == "bidirectional"
     hetero = symmetry == "hetero"
     sign_symmetrization = coin()

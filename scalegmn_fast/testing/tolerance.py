@@ -56,7 +56,7 @@ def float64_bound(eager: Tensor, exact: Tensor, *, factor: float = 4.0, ulps: fl
 def assert_close_to_float64(
     actual: Tensor, eager: Tensor, exact: Tensor, *, factor: float = 4.0, ulps: float = 16.0, name: str = "result"
 ) -> None:
-    """Asserts that ``actual`` is as near to the float64 result as the eager version of the same dtype, up to ``factor``.
+    """Asserts that ``actual`` is as near to the float64 result as the eager version in its dtype, up to ``factor``.
 
     Args:
         actual: result under test; its dtype must be ``eager``'s.
