@@ -140,10 +140,9 @@ class _Model:
         self.aggregator = _one_of(self.gnn, "aggregator", ("add", "mean", "max"))
         self.eps = float(config.get("canonical_eps", 1e-10))
         self.bidirectional_edges = config.get("bidirectional_edges", "original")
-        if self.bidirectional_edges not in ("original", "reciprocal"):
-            raise ValueError(
-                f"bidirectional_edges must be 'original' or 'reciprocal', got {self.bidirectional_edges!r}"
-            )
+        kinds = ("original", "reciprocal", "carried")
+        if self.bidirectional_edges not in kinds:
+            raise ValueError(f"bidirectional_edges must be one of {', '.join(kinds)}, got {self.bidirectional_edges!r}")
         self.graph = _Graph(config["layer_layout"])
 
     # Blocks. `name` is the prefix of the block's parameters in the state dict.
@@ -184,15 +183,15 @@ class _Model:
         return torch.where(zero, torch.zeros_like(x), x / (norm + self.eps))
 
     def invariant(self, name: str, x: Tensor, rows: _Rows, extra: Tensor | None = None, phi: bool = True) -> Tensor:
-        """InvariantLayer: phi([c(x), extra]); hetero chooses between two of them, neither of which sees `extra`."""
+        """InvariantLayer: phi([c(x), extra]), c(x) without phi; hetero chooses between two of them by the row."""
 
-        def layer(prefix: str, symmetry: str, p: Tensor | None) -> Tensor:
-            canonical = _cat(self.canonicalize(prefix, x, symmetry), p)
+        def layer(prefix: str, symmetry: str) -> Tensor:
+            canonical = _cat(self.canonicalize(prefix, x, symmetry), extra)
             return self.mlp(f"{prefix}.phi", canonical) if phi else canonical
 
         if self.symmetry != "hetero":
-            return layer(f"{name}.g1", self.symmetry, extra)
-        return torch.where(rows.sign, layer(f"{name}.g_sign", "sign", None), layer(f"{name}.g_scale", "scale", None))
+            return layer(f"{name}.g1", self.symmetry)
+        return torch.where(rows.sign, layer(f"{name}.g_sign", "sign"), layer(f"{name}.g_scale", "scale"))
 
     def equivariant_layer(
         self, name: str, x: Tensor, rows: _Rows, extra: Tensor | None, io_mlps: int | None = None
@@ -299,6 +298,17 @@ class _Model:
             messages = self.equivariant_net(f"{name}.message_fn", product, rows.at(target), p, self.block("msg"))
         return self.aggregate(messages, target)
 
+    def carried_message_pass(
+        self, name: str, x: Tensor, e: Tensor, source: Tensor, target: Tensor, rows: _Rows, p: Tensor | None
+    ) -> Tensor:
+        """Messages from the targets back to the sources of edges: (W x_source) * g([x_target, m], p).
+
+        m = (w_e e) * (w_v x_source) scales like x_target, so the pair has the target's symmetry and g is invariant.
+        """
+        product = self.linear(f"{name}.w_e", e) * self.linear(f"{name}.w_v", x[:, source])
+        gate = self.invariant(name, torch.cat([x[:, target], product], -1), rows.at(target), p)
+        return self.aggregate(self.linear(f"{name}.W", x[:, source]) * gate, source)
+
     def node_update(self, name: str, x: Tensor, aggregated: list[Tensor], rows: _Rows, p: Tensor | None) -> Tensor:
         inputs = torch.cat([x, *aggregated], -1)
         if self.symmetry == "permutation":
@@ -322,6 +332,7 @@ class _Model:
         """All rounds of message passing: node features and (forward) edge features after the last."""
         source, target = self.graph.source, self.graph.target
         last = self.config["num_layers"] - 1
+        carried = self.bidirectional_edges == "carried" and self.symmetry != "permutation"
 
         def shown(option: str, index: Tensor | None = None) -> Tensor | None:
             if not self.gnn[option] or p is None:
@@ -333,14 +344,16 @@ class _Model:
             update_edges = self.gnn["update_edge_attr"] and (i < last or self.equivariant)
             forward, backward = f"gnn.fw_layers.{i}", f"gnn.bw_layers.{i}"
             if self.bidirectional:
-                aggregated = [
-                    self.message_pass(forward, x, e, source, target, rows, shown("pos_embed_msg", source)),
-                    self.message_pass(backward, x, e_back, target, source, rows, shown("pos_embed_msg", target)),
-                ]
+                aggregated = [self.message_pass(forward, x, e, source, target, rows, shown("pos_embed_msg", source))]
+                p_back = shown("pos_embed_msg", target)
+                if carried:
+                    aggregated.append(self.carried_message_pass(backward, x, e, source, target, rows, p_back))
+                else:
+                    aggregated.append(self.message_pass(backward, x, e_back, target, source, rows, p_back))
                 updated = self.node_update(f"gnn.update_node_feats_fn.{i}", x, aggregated, rows, shown("pos_embed_upd"))
                 if update_edges:
                     e = self.edge_update(f"gnn.fw_update_edge_attr_fn.{i}", x, e, source, target, rows)
-                    if self.symmetry == "scale":
+                    if self.symmetry == "scale" and not carried:
                         e_back = self.edge_update(f"gnn.bw_update_edge_attr_fn.{i}", x, e_back, target, source, rows)
             else:
                 received = self.message_pass(forward, x, e, source, target, rows, shown("pos_embed_msg", target))
@@ -408,7 +421,7 @@ class _Model:
         x = torch.cat([biases[0].new_full((batch, layout[0], 1), input_value), *biases], 1)
         e = torch.cat([w.flatten(1, 2) for w in weights], 1)
         e_back = e
-        if self.bidirectional_edges == "reciprocal":
+        if self.bidirectional_edges == "reciprocal" and self.symmetry != "permutation":
             square = e.square().sum(-1, keepdim=True)
             zero = square == 0
             e_back = torch.where(zero, torch.zeros_like(e), e / torch.where(zero, torch.ones_like(square), square))

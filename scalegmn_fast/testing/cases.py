@@ -158,7 +158,7 @@ def random_config(
     if exact and symmetry in ("sign", "hetero"):
         aggregators.remove("max")
     edge_pos_embed = coin()
-    equiv_net = not hetero and coin(0.3) and not (exact and edge_pos_embed)
+    equiv_net = coin(0.3) and not (exact and edge_pos_embed)
     batch_norm = coin(0.2)
     update_as_act = (
         not bidirectional and not equivariant and (symmetry == "sign" or not exact) and symmetry != "permutation"
@@ -213,8 +213,8 @@ def random_config(
             "layer_upd_equiv_on_hidden": update["layer"],
             "msg_num_mlps": message["num_mlps"],
             "upd_num_mlps": update["num_mlps"],
-            "pos_embed_msg": not hetero and coin(0.3),
-            "pos_embed_upd": not hetero and coin(0.3),
+            "pos_embed_msg": coin(0.3),
+            "pos_embed_upd": coin(0.3),
             "layer_norm": False,
             "aggregator": rng.choice(aggregators),
             "sign_symmetrization": sign_symmetrization,
