@@ -45,10 +45,47 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _row_norm(h: Tensor) -> tuple[Tensor, Tensor]:
-    """The norm of each row [..., 1] and where it is zero; a zero row gets the norm 1, so that derivatives stay finite."""
-    square = (h * h).sum(-1, keepdim=True)
+    """The norm of each row [..., 1] and where it is zero; a zero row gets the norm 1, so that derivatives stay finite.
+
+    Rows are first brought by a power of two to where their squares neither overflow nor vanish in float32.
+    """
+    largest = h.detach().abs().amax(-1, keepdim=True)
+    factor = torch.where(largest > 2.0**50, 2.0**-70, torch.where(largest < 2.0**-50, 2.0**90, 1.0)).to(h.dtype)
+    square = (h * factor).square().sum(-1, keepdim=True)
     zero = square == 0
-    return torch.sqrt(torch.where(zero, torch.ones_like(square), square)), zero
+    return torch.where(zero, torch.ones_like(square), square).sqrt() / factor, zero
+
+
+def symmetrize_forward(
+    h: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    kind: str,
+    activation: str,
+    eps: float,
+    w0: float,
+) -> Tensor:
+    """The formula, with the op's positional signature."""
+    dtype = compute_dtype(h.dtype)
+    rows = h.to(dtype)
+    if kind == "abs":
+        return rows.abs().to(h.dtype)
+    if kind == "normalize":
+        norm, zero = _row_norm(rows)
+        return torch.where(zero, torch.zeros_like(rows), rows / (norm + eps)).to(h.dtype)
+
+    bias, norm_weight, norm_bias = (_to(p, dtype) for p in (bias, norm_weight, norm_bias))
+    act, _ = ACTIVATIONS[activation]
+
+    def branch(z: Tensor) -> Tensor:
+        if bias is not None:
+            z = z + bias
+        if norm_weight is not None:
+            z = F.layer_norm(z, z.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS)
+        return act(z, w0)
+
+    return (branch(rows) + branch(-rows)).to(h.dtype)
 
 
 def symmetrize(
@@ -62,27 +99,9 @@ def symmetrize(
     eps: float | None = None,
     w0: float = 30.0,
 ) -> Tensor:
-    """The formula of `scalegmn_fast.ops.symmetrize`, with the same arguments; h [..., d] may have any strides."""
-    dtype = compute_dtype(h.dtype)
-    rows = h.to(dtype)
-    if kind == "abs":
-        return rows.abs().to(h.dtype)
-    if kind == "normalize":
-        norm, zero = _row_norm(rows)
-        scaled = rows / (norm + (NORMALIZE_EPS if eps is None else eps))
-        return torch.where(zero, torch.zeros_like(rows), scaled).to(h.dtype)
-
-    bias, norm_weight, norm_bias = (_to(p, dtype) for p in (bias, norm_weight, norm_bias))
-    act, _ = ACTIVATIONS[activation]
-
-    def branch(z: Tensor) -> Tensor:
-        if bias is not None:
-            z = z + bias
-        if norm_weight is not None:
-            z = F.layer_norm(z, z.shape[-1:], norm_weight, norm_bias, LAYER_NORM_EPS)
-        return act(z, w0)
-
-    return (branch(rows) + branch(-rows)).to(h.dtype)
+    """`scalegmn_fast.ops.symmetrize` as a formula: same arguments, h [..., d] of any strides, differentiable."""
+    eps = NORMALIZE_EPS if eps is None else eps
+    return symmetrize_forward(h, bias, norm_weight, norm_bias, kind, activation, eps, w0)
 
 
 def symmetrize_backward(
