@@ -1,0 +1,18 @@
+"""Training: the trainer, configurations, checkpoints and plots."""
+
+from .checkpoint import load_checkpoint
+from .config import load_config, validate_config
+from .optim import WarmupLRScheduler
+from .trainer import NonFiniteLoss, Trainer, build_model, evaluate_split, seed_everything
+
+__all__ = [
+    "NonFiniteLoss",
+    "Trainer",
+    "WarmupLRScheduler",
+    "build_model",
+    "evaluate_split",
+    "load_checkpoint",
+    "load_config",
+    "seed_everything",
+    "validate_config",
+]

@@ -1,0 +1,89 @@
+"""Evaluate a checkpoint on a split of a packed dataset."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+
+__all__ = ["configure", "load_model", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``scalegmn-fast eval``."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run")
+    parser.add_argument("--data", required=True, metavar="PACKED", help="packed dataset (.safetensors or .npz)")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"))
+    parser.add_argument("--batch-size", type=int, help="default: the run's")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto (default): cuda where present")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--backend", help="reference, cpp, triton, cuda or auto")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics here")
+    parser.add_argument("--plot", metavar="FILE", help="draw the confusion matrix (or predictions) here, as PNG")
+
+
+def load_model(path: str | os.PathLike):
+    """Rebuilds ``(model, statistics, checkpoint)`` from a checkpoint; the model is on the CPU, in evaluation mode.
+
+    ``statistics`` is what ``PackedDataset.batch`` takes, or None. Raises as ``load_checkpoint`` and ``build_model``.
+    """
+    from .checkpoint import load_checkpoint
+    from .trainer import build_model
+
+    state = load_checkpoint(path)
+    model = build_model(state["config"], state["layout"])
+    model.load_state_dict(state["model"])
+    statistics = None
+    if state.get("statistics") is not None:
+        from scalegmn_fast.data import LayerStatistics
+
+        statistics = LayerStatistics.from_state_dict(state["statistics"])
+    return model.eval(), statistics, state
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the metrics; 0 when done."""
+    import torch
+
+    import scalegmn_fast
+
+    from .checkpoint import write_json
+    from .plots import draw_confusion, draw_scatter, require_matplotlib
+    from .tasks import make_task
+    from .train import format_score, open_dataset, prepare_device
+    from .trainer import deterministic, evaluate_split
+
+    device = prepare_device(args.device, args.threads)
+    if args.plot:
+        require_matplotlib()
+    model, statistics, state = load_model(args.checkpoint)
+    dataset = open_dataset(args.data)
+    layout = [int(n) for n in dataset.layout]
+    if layout != state["layout"]:
+        raise ValueError(
+            f"checkpoint '{args.checkpoint}' is for networks of layout {state['layout']}, '{args.data}' holds {layout}"
+        )
+    indices = torch.as_tensor(dataset.split(args.split), dtype=torch.int64)
+    if len(indices) == 0:
+        raise ValueError(f"--split {args.split}: it is empty in '{args.data}'")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    task = make_task(torch.as_tensor(dataset.labels), state["config"]["train_args"])
+    with deterministic(), scalegmn_fast.backend(args.backend) if args.backend else contextlib.nullcontext():
+        metrics = evaluate_split(
+            model.to(device), dataset, indices, task, batch_size=args.batch_size or state["config"]["batch_size"],
+            device=device, statistics=statistics,
+        )  # fmt: skip
+    print(f"{args.split}: {format_score(metrics)} (epoch {state['epoch']})")
+    if "confusion" in metrics:
+        counts = torch.tensor(metrics["confusion"])
+        share = counts.diagonal() / counts.sum(1).clamp(min=1)
+        print("per class: " + "  ".join(f"{k}: {100 * v:.1f}%" for k, v in enumerate(share.tolist())))
+    if args.json:
+        write_json(args.json, {"checkpoint": os.fspath(args.checkpoint), "split": args.split, **metrics})
+    if args.plot and "confusion" in metrics:
+        title = f"{args.split.capitalize()}: {100 * metrics['accuracy']:.1f}% of {metrics['count']} networks"
+        draw_confusion(args.plot, metrics["confusion"], title)
+    elif args.plot:
+        draw_scatter(args.plot, metrics["actual"], metrics["predicted"], f"{args.split.capitalize()}: predictions")
+    return 0

@@ -1,0 +1,176 @@
+"""What a label asks for: classification or regression, with loss, running sums and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Classification", "Regression", "kendall_tau", "make_task", "r2_score"]
+
+
+def make_task(labels: Tensor, train_args: Mapping[str, Any]) -> Classification | Regression:
+    """Chooses the task from the labels' dtype, which must agree with ``train_args.loss``.
+
+    int64 labels: classification (``CrossEntropyLoss``); float32 labels: regression (``MSE`` or ``BCE``).
+    """
+    loss = train_args["loss"]
+    if labels.is_floating_point():
+        if loss == "CrossEntropyLoss":
+            raise ValueError(f"train_args.loss is CrossEntropyLoss but the labels are {labels.dtype}: use MSE or BCE")
+        inside = bool(((labels >= 0) & (labels <= 1)).all())
+        if loss == "BCE" and not inside:
+            raise ValueError(
+                f"train_args.loss is BCE but labels reach from {labels.min().item():g} to {labels.max().item():g}, "
+                "outside [0, 1]: use MSE"
+            )
+        prediction = train_args["prediction"]
+        if prediction == "auto":
+            prediction = "sigmoid" if inside else "identity"
+        if loss == "BCE" and prediction != "sigmoid":
+            raise ValueError("train_args.prediction must be sigmoid (or auto) with train_args.loss BCE")
+        return Regression(loss, prediction)
+    if loss != "CrossEntropyLoss":
+        raise ValueError(f"train_args.loss is {loss} but the labels are {labels.dtype} (classes): use CrossEntropyLoss")
+    if labels.numel() and int(labels.min()) < 0:
+        raise ValueError(f"labels must be classes from 0, got {int(labels.min())}")
+    return Classification(int(labels.max()) + 1 if labels.numel() else 1)
+
+
+class Classification:
+    """Cross entropy over classes; the best epoch is the one of highest accuracy, then of lowest loss."""
+
+    kind = "classification"
+    score = "accuracy"
+
+    def __init__(self, classes: int):
+        self.classes = classes
+
+    def check_output(self, output: Tensor) -> None:
+        """Raises ValueError unless ``output`` is [B, d_out] with a column per class."""
+        if output.dim() != 2 or output.shape[1] < self.classes:
+            raise ValueError(
+                f"labels have {self.classes} classes but the model's output has shape {list(output.shape)}: "
+                f"expected [batch, {self.classes} or more] (readout_args.d_out)"
+            )
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(output, labels)
+
+    def new_sums(self, device: torch.device) -> dict[str, Tensor]:
+        return {k: torch.zeros((), dtype=torch.float64, device=device) for k in ("loss", "correct", "count")}
+
+    @torch.no_grad()
+    def add(self, sums: dict[str, Tensor], loss: Tensor, output: Tensor, labels: Tensor) -> None:
+        """Adds a batch to the running sums without a device synchronisation."""
+        sums["loss"] += loss.double() * len(labels)
+        sums["correct"] += (output.argmax(1) == labels).sum()
+        sums["count"] += len(labels)
+
+    def running(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        count = max(float(sums["count"]), 1.0)
+        return {"loss": float(sums["loss"]) / count, "accuracy": float(sums["correct"]) / count}
+
+    def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Loss, accuracy and the confusion matrix (rows: true class) of a whole split, in float64."""
+        outputs = outputs.double()
+        predicted = outputs.argmax(1)
+        classes = outputs.shape[1]
+        confusion = torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
+        return {
+            "loss": F.cross_entropy(outputs, labels).item(),
+            "accuracy": (predicted == labels).double().mean().item(),
+            "confusion": confusion.tolist(),
+        }
+
+    @staticmethod
+    def rank(metrics: Mapping[str, Any]) -> tuple[float, float]:
+        """Sort key: a larger one is a better epoch."""
+        return metrics["accuracy"], -metrics["loss"]
+
+
+class Regression:
+    """MSE or BCE on one number per network; the best epoch is the one of highest Kendall's tau, then of lowest loss.
+
+    ``prediction``: ``sigmoid`` (as the original does for accuracies in [0, 1]) or ``identity``, applied to the output.
+    """
+
+    kind = "regression"
+    score = "tau"
+
+    def __init__(self, loss: str, prediction: str):
+        self.loss_name = loss
+        self.prediction = prediction
+
+    def check_output(self, output: Tensor) -> None:
+        """Raises ValueError unless ``output`` is [B, 1]."""
+        if output.dim() != 2 or output.shape[1] != 1:
+            raise ValueError(
+                f"labels are one number per network but the model's output has shape {list(output.shape)}: "
+                "expected [batch, 1] (readout_args.d_out: 1)"
+            )
+
+    def predict(self, output: Tensor) -> Tensor:
+        return output.squeeze(-1).sigmoid() if self.prediction == "sigmoid" else output.squeeze(-1)
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        if self.loss_name == "BCE":
+            return F.binary_cross_entropy_with_logits(output.squeeze(-1), labels.to(output.dtype))
+        return F.mse_loss(self.predict(output), labels.to(output.dtype))
+
+    def new_sums(self, device: torch.device) -> dict[str, Tensor]:
+        return {k: torch.zeros((), dtype=torch.float64, device=device) for k in ("loss", "squared", "count")}
+
+    @torch.no_grad()
+    def add(self, sums: dict[str, Tensor], loss: Tensor, output: Tensor, labels: Tensor) -> None:
+        """Adds a batch to the running sums without a device synchronisation."""
+        sums["loss"] += loss.double() * len(labels)
+        sums["squared"] += (self.predict(output).double() - labels.double()).square().sum()
+        sums["count"] += len(labels)
+
+    def running(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        count = max(float(sums["count"]), 1.0)
+        return {"loss": float(sums["loss"]) / count, "mse": float(sums["squared"]) / count}
+
+    def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Loss, MSE, R2 and Kendall's tau of a whole split, in float64, with the predictions for the plot."""
+        predicted, labels = self.predict(outputs.double()), labels.double()
+        return {
+            "loss": self.loss(outputs.double(), labels).item(),
+            "mse": F.mse_loss(predicted, labels).item(),
+            "r2": r2_score(labels, predicted),
+            "tau": kendall_tau(labels, predicted),
+            "predicted": predicted.tolist(),
+            "actual": labels.tolist(),
+        }
+
+    @staticmethod
+    def rank(metrics: Mapping[str, Any]) -> tuple[float, float]:
+        """Sort key: a larger one is a better epoch. An undefined tau (constant prediction) counts as -1."""
+        tau = metrics["tau"]
+        return -1.0 if tau != tau else tau, -metrics["loss"]
+
+
+def r2_score(actual: Tensor, predicted: Tensor) -> float:
+    """1 - residual / total sum of squares; NaN where all labels are equal."""
+    residual = (actual - predicted).square().sum()
+    total = (actual - actual.mean()).square().sum()
+    return (1 - residual / total).item() if total > 0 else float("nan")
+
+
+def kendall_tau(a: Tensor, b: Tensor, block: int = 1024) -> float:
+    """Kendall's tau-b of two vectors [n], by counting all pairs in blocks; NaN where either is constant."""
+    concordance = ties_a = ties_b = 0
+    n = len(a)
+    for start in range(0, n, block):
+        da = torch.sign(a[start : start + block, None] - a[None])
+        db = torch.sign(b[start : start + block, None] - b[None])
+        concordance += int((da * db).sum())
+        ties_a += int((da == 0).sum())
+        ties_b += int((db == 0).sum())
+    pairs = n * n
+    scale = ((pairs - ties_a) * (pairs - ties_b)) ** 0.5
+    return concordance / scale if scale > 0 else float("nan")

@@ -1,0 +1,675 @@
+"""The training loop: exact resume, early stopping, metrics, curves; usable from the command line and from code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import random
+import signal
+import statistics as _statistics
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scalegmn_fast.data.optional import require
+
+from . import plots
+from .checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint, write_json
+from .config import differences, load_config, validate_config
+from .loggers import TensorBoardLogger, WandbLogger
+from .optim import build_optimizer, build_scheduler
+from .tasks import make_task
+
+__all__ = ["NonFiniteLoss", "Trainer", "batches", "build_model", "deterministic", "evaluate_split", "seed_everything"]
+
+# What a run writes into its directory; only these are ever removed by overwrite=True.
+FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "confusion.png", "predictions.png")
+# What may change between a run and its continuation without changing the part already done.
+_MAY_CHANGE = ("train_args.num_epochs", "train_args.max_steps", "train_args.patience", "wandb", "wandb_args")
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The training loss became NaN or infinite; the last checkpoint is from before that."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch (all devices), NumPy's and Python's global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Selects deterministic kernels inside the block (a warning names an operation that has none), then restores.
+
+    For cuBLAS, ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` must be set before its first use; the command line does so.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    cudnn = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every new tensor, needed by none here
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cudnn.benchmark = cudnn
+
+
+def build_model(config: Mapping[str, Any], layout) -> nn.Module:
+    """Makes the model of a validated configuration for networks of ``layout``.
+
+    Raises ValueError where the configuration has another layout than the data, or asks for an equivariant model.
+    """
+    from scalegmn_fast.models import from_config
+
+    args = dict(config["scalegmn_args"])
+    if args.get("equivariant"):
+        raise ValueError(
+            "scalegmn_args.equivariant is True: the trainer fits invariant models (classification, regression) to the "
+            "labels of a packed file; a packed file has no target images for editing"
+        )
+    layout = [int(n) for n in layout]
+    for key, given in (("data.layer_layout", config["data"].get("layer_layout")),
+                       ("scalegmn_args.layer_layout", args.get("layer_layout"))):  # fmt: skip
+        if given is not None and [int(n) for n in given] != layout:
+            raise ValueError(
+                f"{key} is {[int(n) for n in given]} but the networks in the data have layout {layout}; "
+                f"correct one of them, or take the data's with --set {key}=null"
+            )
+    args["layer_layout"] = layout
+    return from_config(args)
+
+
+def batches(indices: Tensor, size: int) -> list[Tensor]:
+    """Splits indices [n] into consecutive batches of ``size`` (the last may be smaller)."""
+    return list(torch.split(indices, size))
+
+
+@torch.no_grad()
+def evaluate_split(
+    model: nn.Module,
+    dataset,
+    indices: Tensor,
+    task,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    statistics=None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Metrics of ``model`` (in evaluation mode; its mode is restored) on the networks ``indices`` of ``dataset``.
+
+    Returns the task's metrics and ``count``; None where ``stop()`` became true between two batches.
+    """
+    training = model.training
+    model.eval()
+    outputs, labels = [], []
+    try:
+        for part in batches(indices, batch_size):
+            if stop():
+                return None
+            graph, target = dataset.batch(part, statistics)
+            outputs.append(model(graph.to(device=device)))
+            labels.append(target)
+    finally:
+        model.train(training)
+    result = task.metrics(torch.cat(outputs).cpu(), torch.cat(labels).cpu())
+    result["count"] = len(indices)
+    return result
+
+
+class Trainer:
+    """Trains ``model`` on a packed dataset and keeps everything needed to continue in ``out``.
+
+    Args:
+        model: module from a GraphBatch to [B, d_out].
+        dataset: a :class:`~scalegmn_fast.data.PackedDataset` or anything with its ``batch``, ``split``, ``labels``,
+            ``layout`` and ``len``.
+        config: a whole configuration (dict, YAML path or published name); see ``validate_config``.
+        out: directory of the run: ``last.pt``, ``best.pt``, ``metrics.json``, PNG files.
+        resume: continue the run in ``out`` (start it where ``out`` is empty). The continued run equals the
+            uninterrupted one bit for bit on the CPU with the same number of threads.
+        overwrite: remove the files of an earlier run in ``out``. Without either, a non-empty ``out`` is refused.
+        checkpoint_steps, checkpoint_seconds: write ``last.pt`` inside an epoch after so many steps, or so much time;
+            None: never. At the end of each epoch and on a signal it is always written.
+        on_step: called with the trainer after every optimiser step.
+
+    Early stopping: after ``train_args.patience`` epochs without a better validation result than the best so far.
+    (The original stops only when the accuracy fell strictly in each of ``patience`` epochs, which noise prevents.)
+    Best: highest validation accuracy (Kendall's tau), then lowest loss. Training ends at ``num_epochs`` or
+    ``max_steps``, whichever is first.
+
+    Raises ValueError for a bad configuration, an empty train or validation split, labels that the loss or the model's
+    output do not fit, or a checkpoint of another run; FileExistsError for a non-empty ``out``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset,
+        config: Mapping[str, Any] | str | os.PathLike,
+        out: str | os.PathLike,
+        *,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        checkpoint_steps: int | None = None,
+        checkpoint_seconds: float | None = 60.0,
+        progress: bool = False,
+        make_plots: bool = True,
+        tensorboard: bool = False,
+        wandb: bool | None = None,
+        on_step: Callable[[Trainer], None] | None = None,
+    ):
+        self.config = validate_config(load_config(config))
+        self.device = torch.device(device)
+        self.dataset = dataset
+        self.out = os.fspath(out)
+        self.backend = backend
+        self.progress = progress
+        self.make_plots = make_plots
+        self.checkpoint_steps = checkpoint_steps
+        self.checkpoint_seconds = checkpoint_seconds
+        self.on_step = on_step
+        if make_plots:
+            plots.require_matplotlib()
+        if progress:
+            require("tqdm", "the progress bar")
+
+        self.splits = {name: _indices(dataset.split(name)) for name in ("train", "val", "test")}
+        for name in ("train", "val"):
+            if len(self.splits[name]) == 0:
+                sizes = ", ".join(f"{k} {len(v)}" for k, v in self.splits.items())
+                raise ValueError(f"the data's split '{name}' is empty (sizes: {sizes})")
+        self.task = make_task(torch.as_tensor(dataset.labels), self.config["train_args"])
+        self.seed = self.config["train_args"]["seed"]
+        self.statistics = self._statistics()
+
+        self.model = model.to(self.device)
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError("model has no parameter that requires a gradient")
+        optimization = self.config["optimization"]
+        self.optimizer = build_optimizer(trainable, optimization["optimizer_name"], optimization["optimizer_args"])
+        self.scheduler = build_scheduler(self.optimizer, optimization["scheduler_args"])
+        self.data_identity = _identity(dataset, self.splits)
+
+        self.epoch = 0  # epochs completed
+        self.step = 0  # optimiser steps completed inside the current epoch
+        self.total_steps = 0
+        self.rows: list[dict] = []
+        self.best: dict | None = None
+        self.stale_epochs = 0
+        self.test: dict | None = None
+        self.stopped: str | None = None
+        self.seconds = 0.0
+        self.step_seconds: list[float] = []
+        self._sums = self.task.new_sums(self.device)
+        self._lr_first = self.learning_rate
+        self._rng: dict | None = None
+        self._wandb_id: str | None = None
+        self._val_metrics: dict | None = None
+        self._signal: int | None = None
+        self._started: float | None = None
+
+        with self._backend():
+            self._check_output()
+        resumed = self._open_directory(resume, overwrite)
+        self._loggers: list = []
+        if tensorboard:
+            self._loggers.append(TensorBoardLogger(os.path.join(self.out, "tensorboard"), self.total_steps))
+        if wandb if wandb is not None else self.config.get("wandb") is True:
+            logger = WandbLogger(self.config, self.out, self._wandb_id)
+            self._wandb_id = logger.run_id
+            self._loggers.append(logger)
+        if not resumed:
+            seed_everything(self.seed)
+            self._rng = capture_rng()
+            self.save()  # a run killed before its first checkpoint can be resumed too
+
+    @classmethod
+    def from_config(cls, config, dataset, out: str | os.PathLike, **options) -> Trainer:
+        """Seeds, builds the configuration's model for the dataset's layout, and makes a trainer of it."""
+        config = validate_config(load_config(config))
+        seed_everything(config["train_args"]["seed"])
+        return cls(build_model(config, dataset.layout), dataset, config, out, **options)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.splits["train"]) // self.config["batch_size"])
+
+    def permutation(self, epoch: int) -> Tensor:
+        """The order of the training networks in ``epoch`` (from 0): int64 [n], a function of seed and epoch alone."""
+        state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+        indices = self.splits["train"]
+        return indices[torch.randperm(len(indices), generator=generator)]
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end, or until SIGINT or SIGTERM; returns what ``metrics.json`` then holds.
+
+        After a signal ``stopped`` is ``"interrupted"``, ``last.pt`` holds the step after which it came, and nothing is
+        lost; a second signal ends at once. Raises NonFiniteLoss where the loss is NaN or infinite.
+        """
+        self._signal = None
+        self._started = time.perf_counter() - self.seconds
+        with self._signals(), deterministic(), self._backend():
+            if self._rng is not None:
+                restore_rng(self._rng)
+            self.model.train()
+            if self.stopped in ("interrupted", "max_epochs", "max_steps", "patience"):
+                self.stopped = self._reason_to_stop()
+            while self.stopped is None:
+                if not (self._train_epoch() and self._end_epoch()):
+                    self.stopped = "interrupted"
+                    break
+                self.stopped = self._reason_to_stop()
+                self.save()
+                self._write_metrics()
+            if self.stopped != "interrupted" and self.test is None and len(self.splits["test"]):
+                self._test_best()
+            self.save()
+        result = self._write_metrics()
+        self.draw()
+        for logger in self._loggers:
+            logger.close()
+        return result
+
+    def save(self, path: str | os.PathLike | None = None) -> None:
+        """Writes a checkpoint of the present moment (default ``last.pt``)."""
+        loss = float(self._sums["loss"])
+        if not np.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the training loss is not finite in epoch {self.epoch + 1}, step {self.step} (learning rate "
+                f"{self.learning_rate:g}); {os.path.join(self.out, 'last.pt')} is from before that"
+            )
+        self._rng = capture_rng()
+        self._tick()
+        save_checkpoint(path or os.path.join(self.out, "last.pt"), self._state())
+
+    def evaluate(self, split: str) -> dict[str, Any] | None:
+        """Metrics of the present model on a split; None where a signal came in between."""
+        if split not in self.splits:
+            raise ValueError(f"split must be train, val or test, got {split!r}")
+        if len(self.splits[split]) == 0:
+            raise ValueError(f"the data's split '{split}' is empty")
+        return evaluate_split(
+            self.model, self.dataset, self.splits[split], self.task, batch_size=self.config["batch_size"],
+            device=self.device, statistics=self.statistics, stop=lambda: self._signal is not None,
+        )  # fmt: skip
+
+    def draw(self) -> list[str]:
+        """Draws ``curves.png`` and ``confusion.png`` (``predictions.png`` for regression); returns the paths."""
+        if not self.make_plots or not self.rows:
+            return []
+        paths = [os.path.join(self.out, "curves.png")]
+        plots.draw_curves(paths[0], self.metrics())
+        shown, split = (self.test, "test") if self.test else ((self.best or {}).get("val"), "validation")
+        if shown and "confusion" in shown:
+            paths.append(os.path.join(self.out, "confusion.png"))
+            title = f"{split.capitalize()}: {100 * shown['accuracy']:.1f}% of {shown['count']} networks"
+            plots.draw_confusion(paths[-1], shown["confusion"], title)
+        elif shown and "predicted" in shown:
+            paths.append(os.path.join(self.out, "predictions.png"))
+            title = f"{split.capitalize()}: Kendall's tau {shown['tau']:.3f}, R2 {shown['r2']:.3f}"
+            plots.draw_scatter(paths[-1], shown["actual"], shown["predicted"], title)
+        return paths
+
+    def metrics(self) -> dict[str, Any]:
+        """What ``metrics.json`` holds, as plain values."""
+        import scalegmn_fast
+
+        return {
+            "task": self.task.kind,
+            "score": self.task.score,
+            "stopped": self.stopped,
+            "epochs": self.rows,
+            "best": self.best,
+            "test": self.test,
+            "seed": self.seed,
+            "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "steps": self.total_steps,
+            "wall_seconds": self.seconds,
+            "step_seconds_median": _statistics.median(self.step_seconds) if self.step_seconds else None,
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "backend": self.backend or os.environ.get("SCALEGMN_FAST_BACKEND", "auto"),
+            "data": self.data_identity,
+            "config": self.config,
+            "versions": {
+                "scalegmn_fast": getattr(scalegmn_fast, "__version__", None),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    # Inside an epoch
+
+    @torch.no_grad()
+    def _check_output(self) -> None:
+        """Runs one network through the model, so that what does not fit is said before anything is written."""
+        self.model.eval()
+        graph, _ = self.dataset.batch(self.splits["train"][:1], self.statistics)
+        self.task.check_output(self.model(graph.to(device=self.device)))
+
+    def _train_epoch(self) -> bool:
+        """Runs the steps that are left of the current epoch; False where a signal came before its end."""
+        parts = batches(self.permutation(self.epoch), self.config["batch_size"])
+        max_steps = self.config["train_args"]["max_steps"]
+        if max_steps is not None:
+            parts = parts[: max(self.step, self.step + max_steps - self.total_steps)]
+        if self.step == 0:
+            self._sums = self.task.new_sums(self.device)
+            self._lr_first = self.learning_rate
+        last_save = window_start = time.perf_counter()
+        window = 0
+        cuda = self.device.type == "cuda"
+        bar = self._bar(len(parts))
+        try:
+            while self.step < len(parts):
+                if self._signal is not None:
+                    return False
+                part = parts[self.step]
+                loss, norm = self._optimise(part)
+                self.step += 1
+                self.total_steps += 1
+                window += 1
+                now = time.perf_counter()
+                shown = bar is not None and bool(bar.update(len(part)))
+                if shown or not cuda:  # on a GPU only a synchronised interval measures its steps
+                    if shown:
+                        running = self.task.running(self._sums)
+                        bar.set_postfix({k: f"{v:.4f}" for k, v in running.items()}, refresh=False)
+                        now = time.perf_counter()
+                    self.step_seconds.append((now - window_start) / window)
+                    window_start, window = now, 0
+                if self._loggers:
+                    values = {"train/step_loss": float(loss), "lr": self.learning_rate}
+                    self._log(values if norm is None else {**values, "train/grad_norm": float(norm)})
+                if self.on_step is not None:
+                    self.on_step(self)
+                due = self.checkpoint_steps and self.total_steps % self.checkpoint_steps == 0
+                due = due or (self.checkpoint_seconds is not None and now - last_save >= self.checkpoint_seconds)
+                if due and self.step < len(parts):
+                    self.save()
+                    last_save = window_start = time.perf_counter()
+                    window = 0
+            if cuda and window:
+                torch.cuda.synchronize(self.device)
+                self.step_seconds.append((time.perf_counter() - window_start) / window)
+        finally:
+            if bar is not None:
+                bar.close()
+        return self._signal is None
+
+    def _optimise(self, part: Tensor) -> tuple[Tensor, Tensor | None]:
+        graph, labels = self.dataset.batch(part, self.statistics)
+        graph, labels = graph.to(device=self.device), labels.to(self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        output = self.model(graph)
+        loss = self.task.loss(output, labels)
+        loss.backward()
+        norm = None
+        if self.config["optimization"]["clip_grad"]:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config["optimization"]["clip_grad_max_norm"])
+        self.optimizer.step()
+        if self.scheduler is not None and not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step()
+        self.task.add(self._sums, loss.detach(), output.detach(), labels)
+        return loss.detach(), norm
+
+    def _end_epoch(self) -> bool:
+        """Validates, records the epoch and keeps the best model; False where a signal came before the end."""
+        train = self.task.running(self._sums)
+        if not np.isfinite(train["loss"]):
+            self.save()  # raises
+        val = self.evaluate("val")
+        if val is None:
+            return False
+        if not np.isfinite(val["loss"]):
+            raise NonFiniteLoss(
+                f"the validation loss is not finite after epoch {self.epoch + 1} (learning rate "
+                f"{self.learning_rate:g}); {os.path.join(self.out, 'last.pt')} is from before that"
+            )
+        score = val[self.task.score]
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            mode = self.config["optimization"]["scheduler_args"]["scheduler_mode"]
+            self.scheduler.step(val["loss"] if mode == "min" else score)
+        better = self.best is None or self.task.rank(val) > self.task.rank(self.best["val"])
+        self.stale_epochs = 0 if better else self.stale_epochs + 1
+        self.epoch += 1
+        self.step = 0
+        scalars = {k: v for k, v in val.items() if isinstance(v, (int, float))}
+        self.rows.append(
+            {"epoch": self.epoch, "steps": self.total_steps, "lr_first": self._lr_first, "lr": self.learning_rate,
+             "train": train, "val": scalars}
+        )  # fmt: skip
+        self._sums = self.task.new_sums(self.device)
+        if better:
+            self.best = {"epoch": self.epoch, "val": val}
+            self.test = None
+            self.save(os.path.join(self.out, "best.pt"))
+        if self._loggers:
+            self._log({f"train/{k}": v for k, v in train.items()} | {f"val/{k}": v for k, v in scalars.items()})
+        if self.progress:
+            mark = "  best" if better else ""
+            text = f"{self.task.score} {100 * score:.2f}%" if self.task.score == "accuracy" else f"tau {score:.4f}"
+            require("tqdm", "the progress bar").tqdm.write(
+                f"epoch {self.epoch:>3}  train loss {train['loss']:.4f}  val loss {val['loss']:.4f}  val {text}{mark}",
+                file=sys.stderr,
+            )
+        return True
+
+    def _test_best(self) -> None:
+        """Test metrics of the best validation epoch; the present weights are put back afterwards."""
+        present = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(load_checkpoint(os.path.join(self.out, "best.pt"))["model"])
+        try:
+            test = self.evaluate("test")
+        finally:
+            self.model.load_state_dict(present)
+        if test is None:
+            self.stopped = "interrupted"
+            return
+        self.test = test
+        if self._loggers:
+            self._log({f"test/{k}": v for k, v in test.items() if isinstance(v, (int, float))})
+
+    def _reason_to_stop(self) -> str | None:
+        args = self.config["train_args"]
+        if args["patience"] is not None and self.stale_epochs >= args["patience"]:
+            return "patience"
+        if args["max_steps"] is not None and self.total_steps >= args["max_steps"] and self.step == 0:
+            return "max_steps"
+        return "max_epochs" if self.epoch >= args["num_epochs"] else None
+
+    # State
+
+    def _statistics(self):
+        mode = self.config["data"]["normalize"]
+        symmetry = (self.config.get("scalegmn_args") or {}).get("symmetry")
+        if mode is False or (mode == "auto" and symmetry != "permutation"):
+            return None
+        from scalegmn_fast.data import LayerStatistics
+
+        return LayerStatistics.from_dataset(self.dataset, self.splits["train"])
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "rng": self._rng,
+            "epoch": self.epoch,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "seed": self.seed,
+            "sums": self._sums,
+            "lr_first": self._lr_first,
+            "rows": self.rows,
+            "best": self.best,
+            "stale_epochs": self.stale_epochs,
+            "test": self.test,
+            "stopped": self.stopped,
+            "seconds": self.seconds,
+            "step_seconds": self.step_seconds[-10000:],
+            "threads": torch.get_num_threads(),
+            "device": str(self.device),
+            "backend": self.backend,
+            "wandb_id": self._wandb_id,
+            "config": self.config,
+            "layout": list(self.dataset.layout),
+            "data": self.data_identity,
+            "statistics": None if self.statistics is None else self.statistics.state_dict(),
+        }
+
+    def _restore(self, path: str) -> None:
+        state = load_checkpoint(path)
+        changed = [
+            f"{key}: {old!r} in the checkpoint, {new!r} now"
+            for key, old, new in differences(state["config"], self.config)
+            if not any(key == free or key.startswith(free + ".") for free in _MAY_CHANGE)
+        ]
+        changed += [
+            f"data {key}: {old!r} in the checkpoint, {new!r} now"
+            for key, old, new in differences(state["data"], self.data_identity)
+        ]
+        if changed:
+            raise ValueError(f"'{path}' belongs to another run: {'; '.join(changed)}")
+        if state["threads"] != torch.get_num_threads() or state["device"] != str(self.device):
+            warnings.warn(
+                f"the run used {state['threads']} threads on {state['device']}, now {torch.get_num_threads()} on "
+                f"{self.device}: the continuation is valid, but not bit for bit the uninterrupted run",
+                stacklevel=4,
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self._sums = {k: v.to(self.device) for k, v in state["sums"].items()}
+        self._rng = state["rng"]
+        self._lr_first = state["lr_first"]
+        self._wandb_id = state["wandb_id"]
+        for name in ("epoch", "step", "total_steps", "rows", "best", "stale_epochs", "test", "stopped", "seconds",
+                     "step_seconds"):  # fmt: skip
+            setattr(self, name, state[name])
+
+    def _open_directory(self, resume: bool, overwrite: bool) -> bool:
+        """Makes ``out`` ready; True where a run in it was restored."""
+        if resume and overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+        if os.path.exists(self.out) and not os.path.isdir(self.out):
+            raise FileExistsError(f"out: '{self.out}' is a file, expected a directory")
+        os.makedirs(self.out, exist_ok=True)
+        present = []
+        for name in sorted(os.listdir(self.out)):
+            if name.startswith(".") and name.endswith(".tmp"):  # left by a write that was killed
+                os.remove(os.path.join(self.out, name))
+            else:
+                present.append(name)
+        last = os.path.join(self.out, "last.pt")
+        if resume and present:
+            if "last.pt" not in present:
+                raise FileNotFoundError(f"nothing to resume in '{self.out}': it has no last.pt")
+            self._restore(last)
+            return True
+        if present and not overwrite:
+            raise FileExistsError(f"out: '{self.out}' is not empty; continue with resume or replace it with overwrite")
+        for name in FILES:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self.out, name))
+        return False
+
+    def _tick(self) -> None:
+        if self._started is not None:
+            self.seconds = time.perf_counter() - self._started
+
+    def _write_metrics(self) -> dict[str, Any]:
+        self._tick()
+        result = self.metrics()
+        write_json(os.path.join(self.out, "metrics.json"), result)
+        return result
+
+    # Surroundings
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        for logger in self._loggers:
+            logger.log(values, self.total_steps)
+
+    def _bar(self, steps: int):
+        """A bar over the networks of the epoch; silent where stderr is no terminal."""
+        if not self.progress:
+            return None
+        total = self.config["train_args"]["num_epochs"]
+        count = min(len(self.splits["train"]), steps * self.config["batch_size"])
+        return require("tqdm", "the progress bar").tqdm(
+            total=count, initial=self.step * self.config["batch_size"], desc=f"epoch {self.epoch + 1}/{total}",
+            unit=" networks", mininterval=0.25, leave=False, dynamic_ncols=True, disable=None, file=sys.stderr,
+        )  # fmt: skip
+
+    def _backend(self):
+        if self.backend is None:
+            return contextlib.nullcontext()
+        import scalegmn_fast
+
+        return scalegmn_fast.backend(self.backend)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turns the first SIGINT or SIGTERM into a request to stop after the present step."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous: dict[int, Any] = {}
+
+        def request(number, frame):
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = number
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, request)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _indices(value) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.int64).cpu()
+
+
+def _identity(dataset, splits: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What tells one dataset from another: counts, layout, and a digest of labels, splits and 64 networks."""
+    digest = hashlib.sha256(torch.as_tensor(dataset.labels).contiguous().numpy().tobytes())
+    for indices in splits.values():
+        digest.update(indices.numpy().tobytes())
+    picked = torch.linspace(0, len(dataset) - 1, min(64, len(dataset))).long()
+    for block in (b for group in dataset.weights(picked) for b in group):
+        digest.update(block.contiguous().numpy().tobytes())
+    return {
+        "networks": len(dataset),
+        "layout": [int(n) for n in dataset.layout],
+        "splits": {k: len(v) for k, v in splits.items()},
+        "sha256": digest.hexdigest(),
+    }
