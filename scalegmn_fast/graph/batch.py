@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .plan import GraphPlan, merge_slices
+
+SYMMETRIES = ("sign", "scale", "hetero", "permutation")
 
 
 class RowSplit:
@@ -17,12 +20,25 @@ class RowSplit:
     synchronising with the device: the counts at all block boundaries are kept on the host.
     """
 
-    def __init__(self, flags: Tensor, boundaries: Sequence[int]):
-        self.true_rows = flags.nonzero().squeeze(1)
-        self.false_rows = (~flags).nonzero().squeeze(1)
+    def __init__(self, true_rows: Tensor, false_rows: Tensor, counts: dict[int, int]):
+        self.true_rows, self.false_rows, self.counts = true_rows, false_rows, counts
+
+    @classmethod
+    def from_flags(cls, flags: Tensor, boundaries: Sequence[int]) -> RowSplit:
+        """Partition of bool [R] that can be selected from at the given row numbers."""
         running = torch.cat([flags.new_zeros(1, dtype=torch.long), flags.long().cumsum(0)])
         counts = running[torch.as_tensor(list(boundaries), device=flags.device)].tolist()
-        self.counts = dict(zip(boundaries, counts, strict=True))
+        return cls(
+            flags.nonzero().squeeze(1), (~flags).nonzero().squeeze(1), dict(zip(boundaries, counts, strict=True))
+        )
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> RowSplit:
+        """The partition on another device."""
+        return RowSplit(
+            self.true_rows.to(device, non_blocking=non_blocking),
+            self.false_rows.to(device, non_blocking=non_blocking),
+            self.counts,
+        )
 
     def select(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         a, b = self.counts[start], self.counts[stop]
@@ -38,11 +54,21 @@ class GraphBatch:
         edge_features: [E, d_e], same dtype and device, in plan order.
         plan: the `GraphPlan`.
         sign_mask: bool [N] or None; for ``hetero`` models, True where a neuron has the sign symmetry, else scale.
+        symmetry: the symmetry that all networks of the batch have, "sign", "scale", "hetero" or "permutation"; None if
+            their activations are not known (only `from_modules` can read them).
 
     Gradients flow from the features back to the tensors they were built from.
     """
 
-    def __init__(self, node_features: Tensor, edge_features: Tensor, plan: GraphPlan, sign_mask: Tensor | None = None):
+    def __init__(
+        self,
+        node_features: Tensor,
+        edge_features: Tensor,
+        plan: GraphPlan,
+        sign_mask: Tensor | None = None,
+        *,
+        symmetry: str | None = None,
+    ):
         for name, value, rows in (
             ("node_features", node_features, plan.num_nodes),
             ("edge_features", edge_features, plan.num_edges),
@@ -52,18 +78,22 @@ class GraphBatch:
             if not value.is_floating_point():
                 raise TypeError(f"{name} must be floating point, got {value.dtype}")
         if edge_features.dtype != node_features.dtype:
-            raise TypeError(f"edge_features must have node_features' dtype {node_features.dtype}, got {edge_features.dtype}")
+            raise TypeError(
+                f"edge_features must have node_features' dtype {node_features.dtype}, got {edge_features.dtype}"
+            )
         if not node_features.device == edge_features.device == plan.device:
             raise ValueError(
                 "node_features, edge_features and plan must be on one device, "
                 f"got {node_features.device}, {edge_features.device}, {plan.device}"
             )
         if sign_mask is not None:
-            if sign_mask.dtype != torch.bool or sign_mask.shape != (plan.num_nodes,):
-                raise ValueError(f"sign_mask must be bool [{plan.num_nodes}], got {sign_mask.dtype} {list(sign_mask.shape)}")
-            if sign_mask.device != plan.device:
-                raise ValueError(f"sign_mask must be on {plan.device}, got {sign_mask.device}")
-        self.node_features, self.edge_features, self.plan, self.sign_mask = node_features, edge_features, plan, sign_mask
+            _check_mask_type(sign_mask, plan.device)
+            if sign_mask.shape != (plan.num_nodes,):
+                raise ValueError(f"sign_mask must have shape [{plan.num_nodes}], got {list(sign_mask.shape)}")
+        if symmetry is not None and symmetry not in SYMMETRIES:
+            raise ValueError(f"symmetry must be one of {', '.join(SYMMETRIES)} or None, got {symmetry!r}")
+        self.node_features, self.edge_features = node_features, edge_features
+        self.plan, self.sign_mask, self.symmetry = plan, sign_mask, symmetry
         self._splits: dict[str, RowSplit] = {}
 
     num_graphs = property(lambda self: self.plan.num_graphs)
@@ -74,8 +104,12 @@ class GraphBatch:
     dtype = property(lambda self: self.node_features.dtype)
 
     def __repr__(self) -> str:
-        layouts = ", ".join(f"{count} x {list(layout) if layout else 'dag'}" for layout, count, _ in self.plan.parts)
-        return f"GraphBatch({layouts}; nodes {list(self.node_features.shape)}, edges {list(self.edge_features.shape)}, {self.dtype}, {self.device})"
+        layouts = ", ".join(f"{part.count} x {list(part.layout) if part.layout else 'dag'}" for part in self.plan.parts)
+        shapes = f"nodes {list(self.node_features.shape)}, edges {list(self.edge_features.shape)}"
+        return f"GraphBatch({layouts}; {shapes}, {self.dtype}, {self.device})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_splits": {}}
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -96,6 +130,8 @@ class GraphBatch:
             input_value: node feature of first-layer neurons, which have no bias: 1 for INRs, 0 for CNNs.
             sign_mask: bool [B] (per network) or [B, neurons] (per neuron, layer by layer from the input): True where
                 the sign symmetry holds, False for scale. Needed by ``hetero`` models only.
+
+        Deterministic; differentiable in weights and biases.
 
         Raises:
             TypeError, ValueError: an argument of a wrong type, number, shape, dtype or device; an empty batch.
@@ -130,21 +166,31 @@ class GraphBatch:
             sign_mask: bool [N] or one per graph.
 
         Raises:
-            ValueError: see `GraphPlan.from_edges`; a cycle among the edges.
+            TypeError, ValueError: an argument of a wrong type, shape, dtype or device, or what `GraphPlan.from_edges`
+                rejects, such as a cycle among the edges.
         """
-        if node_features.ndim != 2 or edge_features.ndim != 2:
+        for name, value in (
+            ("node_features", node_features),
+            ("edge_index", edge_index),
+            ("edge_features", edge_features),
+        ):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+            if value.ndim != 2:
+                raise ValueError(f"{name} must have 2 dimensions, got shape {list(value.shape)}")
+        if edge_features.shape[0] != edge_index.shape[1]:
             raise ValueError(
-                f"node_features and edge_features must be [rows, d], got {list(node_features.shape)}, {list(edge_features.shape)}"
+                f"edge_features must have {edge_index.shape[1]} rows, one per edge, got {edge_features.shape[0]}"
             )
-        if edge_index.ndim == 2 and edge_index.shape[1] != edge_features.shape[0]:
-            raise ValueError(f"edge_features must have {edge_index.shape[1]} rows, one per edge, got {edge_features.shape[0]}")
-        numpy_graph = None if graph is None else graph.detach().cpu().numpy()
+        if graph is not None and not isinstance(graph, Tensor):
+            raise TypeError(f"graph must be a torch.Tensor, got {type(graph).__name__}")
         plan, node_order, edge_order = GraphPlan.from_edges(
-            edge_index.detach().cpu().numpy(), node_features.shape[0], numpy_graph
+            edge_index.detach().cpu().numpy(),
+            node_features.shape[0],
+            None if graph is None else graph.detach().cpu().numpy(),
         )
         device = node_features.device
-        node_order = torch.from_numpy(node_order).to(device)
-        edge_order = torch.from_numpy(edge_order).to(device)
+        node_order, edge_order = torch.from_numpy(node_order).to(device), torch.from_numpy(edge_order).to(device)
         plan = plan.to(device)
         if sign_mask is not None:
             _check_mask_type(sign_mask, device)
@@ -156,11 +202,66 @@ class GraphBatch:
                 raise ValueError(
                     f"sign_mask must have shape [{plan.num_graphs}] or [{plan.num_nodes}], got {list(sign_mask.shape)}"
                 )
-        return cls(node_features[node_order], edge_features[edge_order], plan, sign_mask)
+        return cls(node_features[node_order], edge_features[edge_order.to(edge_features.device)], plan, sign_mask)
+
+    @classmethod
+    def from_state_dicts(
+        cls,
+        state_dicts: Sequence[Mapping[str, Tensor]],
+        *,
+        input_value: float | None = None,
+        sign_mask: Tensor | Sequence[Tensor | bool] | None = None,
+        names: Sequence[tuple[str, str | None]] | None = None,
+        kernel_size: tuple[int, int] | None = None,
+        linear_tap: str = "centre",
+    ) -> GraphBatch:
+        """Batch of the networks whose parameters are given, one state dict per network. See `builders.from_state_dicts`."""
+        from . import builders
+
+        return builders.from_state_dicts(
+            state_dicts,
+            input_value=input_value,
+            sign_mask=sign_mask,
+            names=names,
+            kernel_size=kernel_size,
+            linear_tap=linear_tap,
+        )
+
+    @classmethod
+    def from_modules(
+        cls,
+        modules: Sequence[nn.Module],
+        *,
+        input_value: float | None = None,
+        activation: str | None = None,
+        module_symmetry: Mapping[type[nn.Module], str] | None = None,
+        kernel_size: tuple[int, int] | None = None,
+        linear_tap: str = "centre",
+    ) -> GraphBatch:
+        """Batch of live networks, with the symmetry their activations have. See `builders.from_modules`."""
+        from . import builders
+
+        return builders.from_modules(
+            modules,
+            input_value=input_value,
+            activation=activation,
+            module_symmetry=module_symmetry,
+            kernel_size=kernel_size,
+            linear_tap=linear_tap,
+        )
+
+    @classmethod
+    def from_pyg(cls, batch: Any) -> GraphBatch:
+        """Batch of the original implementation's PyG ``Batch`` or ``Data``. See `builders.from_pyg`."""
+        from . import builders
+
+        return builders.from_pyg(batch)
 
     @classmethod
     def cat(cls, batches: Sequence[GraphBatch]) -> GraphBatch:
-        """One batch of all networks of several, in order; layouts may differ.
+        """One batch of all networks of several, numbered in the order given; layouts may differ.
+
+        ``symmetry`` is what they share: sign and scale make hetero, permutation or unknown takes over.
 
         Raises:
             ValueError: no batches; feature widths, dtypes or devices that differ; a sign mask on some but not all.
@@ -168,6 +269,9 @@ class GraphBatch:
         batches = list(batches)
         if not batches:
             raise ValueError("batches must hold at least one GraphBatch, got none")
+        for index, batch in enumerate(batches):
+            if not isinstance(batch, GraphBatch):
+                raise TypeError(f"batches[{index}] must be a GraphBatch, got {type(batch).__name__}")
         for name in ("dtype", "device"):
             found = {getattr(batch, name) for batch in batches}
             if len(found) > 1:
@@ -178,7 +282,9 @@ class GraphBatch:
                 raise ValueError(f"batches must share one width of {name}, got {sorted(found)}")
         masked = [batch.sign_mask is not None for batch in batches]
         if any(masked) != all(masked):
-            raise ValueError(f"sign_mask must be given for all batches or none, got it for {sum(masked)} of {len(masked)}")
+            raise ValueError(
+                f"sign_mask must be given for all batches or none, got it for {sum(masked)} of {len(masked)}"
+            )
         if len(batches) == 1:
             return batches[0]
         node_slices, edge_slices, _ = merge_slices([batch.plan.blocks for batch in batches])
@@ -186,24 +292,26 @@ class GraphBatch:
         nodes = torch.cat([batches[part].node_features[rows] for part, rows in node_slices])
         edges = torch.cat([batches[part].edge_features[rows] for part, rows in edge_slices])
         mask = torch.cat([batches[part].sign_mask[rows] for part, rows in node_slices]) if all(masked) else None
-        return cls(nodes, edges, plan, mask)
+        return cls(nodes, edges, plan, mask, symmetry=_joint_symmetry([batch.symmetry for batch in batches]))
 
     # -- reading back ------------------------------------------------------------------------------------------------
 
-    def to_weights(self):
+    def to_weights(self) -> tuple[list[Tensor], list[Tensor]] | list[tuple[list[Tensor], list[Tensor]]]:
         """Per-layer tensors back from the features: ``(weights, biases)`` in `from_weights`' shapes.
 
-        A batch joined by `cat` gives a list of such pairs, one per joined batch.
+        A batch joined by `cat` gives a list of such pairs, one per joined batch; one of mixed layouts built otherwise, one
+        per run of equal layouts. Views of the features where one batch is all; differentiable.
 
         Raises:
             ValueError: a part is no dense stack of layers (a graph with skipping edges).
         """
         plan = self.plan
-        node_slices, edge_slices, _ = merge_slices([blocks for _, _, blocks in plan.parts])
+        node_slices, edge_slices, _ = merge_slices([part.blocks for part in plan.parts])
         nodes = _split(self.node_features, node_slices, len(plan.parts))
         edges = _split(self.edge_features, edge_slices, len(plan.parts))
         results = []
-        for (layout, count, _), x, e in zip(plan.parts, nodes, edges, strict=True):
+        for part, x, e in zip(plan.parts, nodes, edges, strict=True):
+            layout, count = part.layout, part.count
             if layout is None:
                 raise ValueError("to_weights needs dense stacks of layers, got a graph with skipping or missing edges")
             weights, biases, row, edge = [], [], 0, 0
@@ -218,12 +326,24 @@ class GraphBatch:
 
     def with_features(self, node_features: Tensor, edge_features: Tensor) -> GraphBatch:
         """The same graphs with other features."""
-        return GraphBatch(node_features, edge_features, self.plan, self.sign_mask)
+        return GraphBatch(node_features, edge_features, self.plan, self.sign_mask, symmetry=self.symmetry)
 
     # -- moving ------------------------------------------------------------------------------------------------------
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False) -> GraphBatch:
-        """The batch on a device and in a floating dtype. The plan's copy on a device is cached."""
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> GraphBatch:
+        """The batch on a device and in a floating dtype; ``to(dtype)`` works too. The plan's copy on a device is cached.
+
+        A sign mask that leaves the CPU takes its partitions along, so that no step has to wait for the device.
+
+        Raises:
+            TypeError: ``dtype`` is not floating point.
+        """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype is not None and not dtype.is_floating_point:
@@ -234,26 +354,36 @@ class GraphBatch:
             self.edge_features.to(device, dtype, non_blocking=non_blocking),
             self.plan.to(device),
             None if self.sign_mask is None else self.sign_mask.to(device, non_blocking=non_blocking),
+            symmetry=self.symmetry,
         )
-        for name, split in self._splits.items():
-            copy = RowSplit.__new__(RowSplit)
-            copy.true_rows, copy.false_rows = split.true_rows.to(device), split.false_rows.to(device)
-            copy.counts = split.counts
-            moved._splits[name] = copy
+        if self.sign_mask is not None and self.device.type == "cpu" and device.type != "cpu":
+            for rows in ("nodes", "edges", "reversed"):
+                self.sign_split(rows)
+        moved._splits = {rows: split.to(device, non_blocking=non_blocking) for rows, split in self._splits.items()}
         return moved
 
     def pin_memory(self) -> GraphBatch:
-        """The batch in page-locked memory, for asynchronous copies to a GPU."""
+        """The batch in page-locked memory, for asynchronous copies to a GPU.
+
+        Raises:
+            RuntimeError: this machine has no accelerator to lock pages for.
+        """
+        plan = self.plan.pin_memory()
         mask = None if self.sign_mask is None else self.sign_mask.pin_memory()
-        return GraphBatch(
-            self.node_features.pin_memory(), self.edge_features.pin_memory(), self.plan.pin_memory(), mask
-        )
+        nodes, edges = self.node_features.pin_memory(), self.edge_features.pin_memory()
+        return GraphBatch(nodes, edges, plan, mask, symmetry=self.symmetry)
 
     # -- partition of a hetero batch ---------------------------------------------------------------------------------
 
     def sign_split(self, rows: str) -> RowSplit:
         """Partition by the sign mask of ``"nodes"``, of forward messages (``"edges"``, by target) or of backward ones
-        (``"reversed"``, in ``source_order``, by source)."""
+        (``"reversed"``, in ``source_order``, by source).
+
+        Raises:
+            ValueError: the batch has no sign mask.
+        """
+        if self.sign_mask is None:
+            raise ValueError("sign_mask is needed to tell sign from scale neurons, got a batch without one")
         if rows not in self._splits:
             plan = self.plan
             if rows == "nodes":
@@ -261,10 +391,10 @@ class GraphBatch:
             elif rows == "edges":
                 flags, boundaries = self.sign_mask[plan.index("target")], _running(block.edges for block in plan.blocks)
             else:
-                _, receiver = plan.reversed_ends()
-                flags = self.sign_mask[receiver]
+                sender, receiver = plan.reversed_ends()
+                flags = self.sign_mask[receiver if rows == "reversed" else sender]
                 boundaries = [0, plan.num_edges - plan.edges_from_first, plan.num_edges]
-            self._splits[rows] = RowSplit(flags, sorted(set(boundaries)))
+            self._splits[rows] = RowSplit.from_flags(flags, sorted(set(boundaries)))
         return self._splits[rows]
 
 
@@ -276,7 +406,18 @@ def _running(sizes) -> list[int]:
     return out
 
 
+def _joint_symmetry(found: list[str | None]) -> str | None:
+    kinds = set(found)
+    if len(kinds) == 1:
+        return found[0]
+    if None in kinds:
+        return None
+    return "permutation" if "permutation" in kinds else "hetero"
+
+
 def _split(rows: Tensor, slices, parts: int) -> list[Tensor]:
+    if parts == 1:
+        return [rows]
     found = [[] for _ in range(parts)]
     position = 0
     for part, piece in slices:
@@ -287,6 +428,9 @@ def _split(rows: Tensor, slices, parts: int) -> list[Tensor]:
 
 
 def _check_weights(weights, biases) -> tuple[list[Tensor], list[Tensor]]:
+    for name, value in (("weights", weights), ("biases", biases)):
+        if not isinstance(value, Sequence):
+            raise TypeError(f"{name} must be a sequence of tensors, one per layer, got {type(value).__name__}")
     weights, biases = list(weights), list(biases)
     if not weights:
         raise ValueError("weights must hold at least one layer, got none")
@@ -298,9 +442,13 @@ def _check_weights(weights, biases) -> tuple[list[Tensor], list[Tensor]]:
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}[{index}] must be a torch.Tensor, got {type(value).__name__}")
             if value.ndim not in dims:
-                raise ValueError(f"{name}[{index}] must have {dims[0]} or {dims[1]} dimensions, got shape {list(value.shape)}")
+                raise ValueError(
+                    f"{name}[{index}] must have {dims[0]} or {dims[1]} dimensions, got shape {list(value.shape)}"
+                )
             if not value.is_floating_point() or value.dtype != first.dtype:
-                raise TypeError(f"{name}[{index}] must be floating point of weights[0]'s dtype {first.dtype}, got {value.dtype}")
+                raise TypeError(
+                    f"{name}[{index}] must be floating point of weights[0]'s dtype {first.dtype}, got {value.dtype}"
+                )
             if value.device != first.device:
                 raise ValueError(f"{name}[{index}] must be on weights[0]'s device {first.device}, got {value.device}")
     weights = [w.unsqueeze(-1) if w.ndim == 3 else w for w in weights]
@@ -308,13 +456,17 @@ def _check_weights(weights, biases) -> tuple[list[Tensor], list[Tensor]]:
     num_graphs, _, _, d_e = weights[0].shape
     if num_graphs == 0:
         raise ValueError(f"weights[0] must hold at least one network (dimension 0), got shape {list(weights[0].shape)}")
-    width = weights[0].shape[1]
+    if d_e == 0:
+        raise ValueError(
+            f"weights[0] must hold at least one number per edge (dimension 3), got {list(weights[0].shape)}"
+        )
+    width, d_v = weights[0].shape[1], biases[0].shape[2]
     for index, (w, b) in enumerate(zip(weights, biases, strict=True)):
         expected = [num_graphs, width, w.shape[2], d_e]
         if list(w.shape) != expected:
             raise ValueError(f"weights[{index}] must have shape {expected}, got {list(w.shape)}")
-        if list(b.shape) != [num_graphs, w.shape[2], biases[0].shape[2]]:
-            raise ValueError(f"biases[{index}] must have shape {[num_graphs, w.shape[2], biases[0].shape[2]]}, got {list(b.shape)}")
+        if list(b.shape) != [num_graphs, w.shape[2], d_v]:
+            raise ValueError(f"biases[{index}] must have shape {[num_graphs, w.shape[2], d_v]}, got {list(b.shape)}")
         width = w.shape[2]
     return weights, biases
 
@@ -336,5 +488,3 @@ def _plan_sign_mask(mask: Tensor | None, plan: GraphPlan, layout: tuple[int, ...
     if mask.shape == (count, sum(layout)):
         return torch.cat([piece.reshape(-1) for piece in reversed(mask.split(list(layout), dim=1))])
     raise ValueError(f"sign_mask must have shape [{count}] or [{count}, {sum(layout)}], got {list(mask.shape)}")
-
-

@@ -1,0 +1,151 @@
+"""The plan of work: which nodes and messages each round of a model still has to compute."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..graph import GraphBatch
+from ..graph.plan import FIRST, HIDDEN, LAST
+from ..nn import Direction, RowClasses
+
+
+class Types(NamedTuple):
+    """Sizes that number the types of nodes and edges: first-layer neurons, hidden layers."""
+
+    num_first: int
+    num_hidden_layers: int
+
+
+def node_classes(graph: GraphBatch, nodes: int | None = None) -> RowClasses:
+    """Classes of the first ``nodes`` nodes (all if None)."""
+    plan = graph.plan
+    nodes = plan.num_nodes if nodes is None else nodes
+    last = min(nodes, plan.num_last)
+    hidden = min(nodes - last, plan.num_hidden)
+    return RowClasses(last, hidden, nodes - last - hidden, _split(graph, "nodes"))
+
+
+def _split(graph: GraphBatch, rows: str):
+    return None if graph.sign_mask is None else graph.sign_split(rows)
+
+
+def forward_messages(graph: GraphBatch, receivers: int, pair_types: Types | None) -> Direction:
+    """Messages along the weights into the first ``receivers`` nodes; ``pair_types`` if edge features are factored by type."""
+    plan = graph.plan
+    edges = plan.edges_into(receivers)
+    source, target = plan.index("source")[:edges], plan.index("target")[:edges]
+    last = min(edges, plan.edges_into_class(LAST))
+    pairs = None
+    if pair_types is not None:
+        key = ("pairs", "forward", edges, pair_types)
+        pairs = plan._cached(key, _distinct_pairs, source, plan.edge_types(*pair_types)[:edges])
+    classes = RowClasses(last, edges - last, 0, _split(graph, "edges"))
+    return Direction(source, target, plan.target_ptr[: receivers + 1], None, classes, None, pairs)
+
+
+def backward_messages(graph: GraphBatch, only_first: bool, ordered: bool, pair_types: Types | None) -> Direction:
+    """Messages against the weights, into every node or into first-layer nodes only.
+
+    Edge features stand in ``plan.source_order`` (``ordered``) or in plan order.
+    """
+    plan = graph.plan
+    sender, receiver = plan.reversed_ends()
+    nodes = plan.num_nodes - plan.num_first if only_first else 0
+    start = plan.num_edges - plan.edges_from_first if only_first else 0
+    ptr = plan.source_ptr
+    if only_first:
+        ptr = plan._cached("first_ptr", lambda: plan.source_ptr[nodes:] - start)
+    pairs = None
+    if pair_types is not None:
+        types = plan.edge_types(*pair_types)[plan.index("source_order")]
+        pairs = plan._cached(("pairs", "backward", start, pair_types), _distinct_pairs, sender[start:], types[start:])
+    total = plan.num_edges - start
+    first = plan.edges_from_first
+    order = None if ordered else plan.index("source_order")[start:]
+    senders = None
+    if graph.sign_mask is not None:
+        split = _split(graph, "reversed_senders")
+        senders = _Shifted(split, start) if start else split
+    classes = RowClasses(0, total - first, first, _split(graph, "reversed"), start)
+    return Direction(sender[start:], receiver[start:], ptr, order, classes, senders, pairs)
+
+
+class _Shifted(NamedTuple):
+    """A `RowSplit` seen from row ``start``."""
+
+    split: object
+    start: int
+
+    def select(self, start: int, stop: int):
+        return self.split.select(self.start + start, self.start + stop)
+
+
+class _Ends(NamedTuple):
+    """A `RowSplit` of nodes seen from the last-layer rows followed by the first-layer rows."""
+
+    split: object
+    last: int
+    first_start: int
+
+    def select(self, start: int, stop: int):
+        if stop <= self.last:
+            return self.split.select(start, stop)
+        shift = self.first_start - self.last
+        if start >= self.last:
+            return self.split.select(start + shift, stop + shift)
+        head = self.split.select(start, self.last)
+        tail = self.split.select(self.first_start, stop + shift)
+        offset = self.last - start
+        return tuple(torch.cat([a, b + offset]) for a, b in zip(head, tail, strict=True))
+
+
+def ends_split(graph: GraphBatch):
+    """Sign and scale rows among last-layer and first-layer nodes, or None without a sign mask."""
+    split = _split(graph, "nodes")
+    plan = graph.plan
+    return None if split is None else _Ends(split, plan.num_last, plan.num_nodes - plan.num_first)
+
+
+def _distinct_pairs(node: Tensor, types: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    width = int(types.max()) + 1 if types.numel() else 1
+    pairs, index = torch.unique(node * width + types, return_inverse=True)
+    return pairs // width, pairs % width, index
+
+
+def rows_by_graph(graph: GraphBatch, hidden_only: bool) -> tuple[Tensor, Tensor]:
+    """(order int64 [R], ptr int32 [B + 1]): rows (all nodes, or the hidden ones counted from 0) grouped by graph."""
+    plan = graph.plan
+
+    def make():
+        owner = plan.index("node_graph")
+        if hidden_only:
+            owner = owner[plan.num_last : plan.num_last + plan.num_hidden]
+        counts = torch.bincount(owner, minlength=plan.num_graphs)
+        ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+        return torch.sort(owner, stable=True).indices, ptr
+
+    return plan._cached(("rows_by_graph", hidden_only), make)
+
+
+def edge_encoding_classes(graph: GraphBatch, exact: bool) -> RowClasses:
+    """Row classes of edges inside an equivariant positional net.
+
+    By target, as the original has it; ``exact``: an edge scales if either end does, so that only edges that join first
+    to last neurons directly are not hidden rows. Those stand among the edges into last neurons.
+    """
+    plan = graph.plan
+    last = plan.edges_into_class(LAST)
+    split = _split(graph, "edges")
+    if not exact:
+        return RowClasses(last, plan.num_edges - last, 0, split)
+    has_hidden = any(block.node_class == HIDDEN for block in plan.blocks)
+    direct = any(block.node_class == FIRST and block.distance == 1 for block in plan.blocks)
+    if direct and has_hidden:
+        raise ValueError(
+            "positional_encodings.equiv_net is exact only for networks whose input and output neurons are not joined "
+            "directly, or which have no hidden neurons"
+        )
+    return RowClasses(last, 0, 0, split) if direct else RowClasses(0, plan.num_edges, 0, split)

@@ -1,0 +1,67 @@
+"""The edge update: ``e' = (W e) * phi([c(x_source), c(x_target)])``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .equivariant import CANONICAL_EPS, SymmetryPair
+from .mlp import Mlp
+from .rows import GatheredRows, RowClasses, Rows, by_symmetry, dense, linear
+
+
+class EdgeUpdate(SymmetryPair):
+    """Equivariant edge update; for ``permutation`` the plain mlp ``phi([e, x_source, x_target])``.
+
+    Args:
+        d_in: width of node and edge features.
+        d_out: width of the new edge features.
+        mlp_args: arguments of `nn.Mlp` for phi and rho.
+        symmetry, sign_symmetrization, eps: the canonicalisation c (without final mlp).
+
+    c runs on nodes and so do both halves of phi's first linear layer; edges gather and add (identity *hoist*).
+    Source: spec, *One round of message passing*.
+    """
+
+    def __init__(
+        self, d_in: int, d_out: int, mlp_args: dict, symmetry: str, sign_symmetrization: bool, eps: float = CANONICAL_EPS
+    ):
+        super().__init__()
+        permutation = symmetry == "permutation"
+        self.phi = Mlp((3 if permutation else 2) * d_in, d_out, **mlp_args)
+        if not permutation:
+            self.W = nn.Linear(d_in, d_out, bias=False)
+        self.add_layers(d_in, d_out, mlp_args, symmetry, sign_symmetrization, eps, final_mlp=False)
+
+    def forward(
+        self, x: Tensor, e: Rows, source: Tensor, target: Tensor, classes: RowClasses | None = None
+    ) -> Tensor:
+        """New edge features [E, d_out] from node features x [N, d], edge features e [E, d] and their ends, int64 [E].
+
+        ``classes`` are the nodes' (needed for ``hetero`` only).
+        """
+        if self.symmetry == "permutation":
+            return self.phi(e, self._gathered(x, source), self._gathered(x, target))
+        if self.work.hoist:
+            canonical = self._canonical(x, classes)
+            gate = self.phi(GatheredRows(canonical, source), GatheredRows(canonical, target))
+        else:
+            ends = [self._canonical(x[index], classes, index) for index in (source, target)]
+            gate = self.phi(*ends)
+        return linear(e, self.W.weight) * gate
+
+    def _gathered(self, x: Tensor, index: Tensor) -> Rows:
+        return GatheredRows(x, index) if self.work.hoist else x[index]
+
+    def _canonical(self, x: Tensor, classes: RowClasses | None, index: Tensor | None = None) -> Tensor:
+        if self.symmetry != "hetero":
+            return dense(self.g1.canonical(x))
+        if classes is None:
+            raise ValueError("classes are needed by symmetry 'hetero' (they say which rows have the sign symmetry), got None")
+        sign, scale = (lambda rows, _, layer=layer: dense(layer.canonical(rows)) for layer in (self.g_sign, self.g_scale))
+        if index is None:
+            return by_symmetry(self.work.partition, x, classes, sign, scale)
+        sign_rows, _ = classes.sign_rows()
+        mask = x.new_zeros(classes.last + classes.hidden + classes.first, dtype=torch.bool)
+        mask[sign_rows] = True
+        return torch.where(mask[index].unsqueeze(1), sign(x, None), scale(x, None))
