@@ -215,7 +215,7 @@ class GraphBatch:
         kernel_size: tuple[int, int] | None = None,
         linear_tap: str = "centre",
     ) -> GraphBatch:
-        """Batch of the networks whose parameters are given, one state dict per network. See `builders.from_state_dicts`."""
+        """Batch of networks from one state dict each. See `builders.from_state_dicts`."""
         from . import builders
 
         return builders.from_state_dicts(
@@ -261,7 +261,8 @@ class GraphBatch:
     def cat(cls, batches: Sequence[GraphBatch]) -> GraphBatch:
         """One batch of all networks of several, numbered in the order given; layouts may differ.
 
-        ``symmetry`` is what they share: sign and scale make hetero, permutation or unknown takes over.
+        ``symmetry`` is what they share: sign and scale make hetero; permutation, which needs no masks, and unknown take
+        over.
 
         Raises:
             ValueError: no batches; feature widths, dtypes or devices that differ; a sign mask on some but not all.
@@ -280,8 +281,9 @@ class GraphBatch:
             found = {getattr(batch, name).shape[1] for batch in batches}
             if len(found) > 1:
                 raise ValueError(f"batches must share one width of {name}, got {sorted(found)}")
+        symmetry = _joint_symmetry([batch.symmetry for batch in batches])
         masked = [batch.sign_mask is not None for batch in batches]
-        if any(masked) != all(masked):
+        if any(masked) != all(masked) and symmetry != "permutation":
             raise ValueError(
                 f"sign_mask must be given for all batches or none, got it for {sum(masked)} of {len(masked)}"
             )
@@ -292,15 +294,15 @@ class GraphBatch:
         nodes = torch.cat([batches[part].node_features[rows] for part, rows in node_slices])
         edges = torch.cat([batches[part].edge_features[rows] for part, rows in edge_slices])
         mask = torch.cat([batches[part].sign_mask[rows] for part, rows in node_slices]) if all(masked) else None
-        return cls(nodes, edges, plan, mask, symmetry=_joint_symmetry([batch.symmetry for batch in batches]))
+        return cls(nodes, edges, plan, mask, symmetry=symmetry)
 
     # -- reading back ------------------------------------------------------------------------------------------------
 
     def to_weights(self) -> tuple[list[Tensor], list[Tensor]] | list[tuple[list[Tensor], list[Tensor]]]:
         """Per-layer tensors back from the features: ``(weights, biases)`` in `from_weights`' shapes.
 
-        A batch joined by `cat` gives a list of such pairs, one per joined batch; one of mixed layouts built otherwise, one
-        per run of equal layouts. Views of the features where one batch is all; differentiable.
+        A batch joined by `cat` gives a list of such pairs, one per joined batch; one of mixed layouts built otherwise,
+        one per run of equal layouts. Views of the features where there is one pair; differentiable.
 
         Raises:
             ValueError: a part is no dense stack of layers (a graph with skipping edges).
@@ -337,7 +339,7 @@ class GraphBatch:
         *,
         non_blocking: bool = False,
     ) -> GraphBatch:
-        """The batch on a device and in a floating dtype; ``to(dtype)`` works too. The plan's copy on a device is cached.
+        """The batch on a device and in a floating dtype; ``to(dtype)`` works too. A plan's copies are cached.
 
         A sign mask that leaves the CPU takes its partitions along, so that no step has to wait for the device.
 

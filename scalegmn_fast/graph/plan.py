@@ -12,9 +12,11 @@ A plan is built once per architecture, replicated over the batch by offsets and 
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,9 @@ from torch import Tensor
 
 LAST, HIDDEN, FIRST = 0, 1, 2
 _UNREACHABLE = 1 << 30
+_MAX_ROWS = 2**31 - 1
+_CACHED_PLANS = 256
+_CACHED_EDGES = 1 << 22
 
 
 class Block(NamedTuple):
@@ -33,9 +38,20 @@ class Block(NamedTuple):
     edges: int
 
 
-@dataclass(frozen=True)
+class Part(NamedTuple):
+    """Consecutive graphs of one layout (None: no dense stacks of layers), and their share of the plan's blocks."""
+
+    layout: tuple[int, ...] | None
+    count: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class GraphPlan:
     """Index structure of a batch of directed acyclic graphs in plan order.
+
+    Immutable: a copy (``copy``, ``deepcopy``) is the plan itself. A pickle holds nothing that is derived; that of a
+    plan of dense layouts holds those layouts alone, looked up in the cache on arrival (DataLoader workers).
 
     Attributes:
         source, target: int32 [E], plan node of each edge's ends; ``target`` is nondecreasing.
@@ -45,8 +61,9 @@ class GraphPlan:
         node_layer: int32 [N], depth of a node: 0 for first-layer nodes, else the longest path from a first-layer node.
         node_position: int32 [N], position of a node among those of its graph and layer (its class, for first and last).
         blocks: runs of equal (class, distance), in order.
-        layouts: layer sizes of every graph, or None for a graph that is not a dense stack of layers.
-        parts: how many graphs share one layout, in order; what ``GraphBatch.to_weights`` returns.
+        parts: runs of graphs of one layout, in order; what ``GraphBatch.to_weights`` returns.
+        max_layer: the largest ``node_layer``.
+        edges_from_first: number of edges that leave first-layer nodes: a suffix of ``source_order``.
     """
 
     source: Tensor
@@ -59,8 +76,9 @@ class GraphPlan:
     node_position: Tensor
     num_graphs: int
     blocks: tuple[Block, ...]
-    parts: tuple[tuple[tuple[int, ...] | None, int, tuple[Block, ...]], ...]
+    parts: tuple[Part, ...]
     max_layer: int
+    edges_from_first: int
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     # -- sizes -------------------------------------------------------------------------------------------------------
@@ -90,6 +108,7 @@ class GraphPlan:
 
     @property
     def layouts(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Layer sizes of every graph, or None for a graph that is not a dense stack of layers."""
         return tuple(layout for layout, count, _ in self.parts for _ in range(count))
 
     @property
@@ -127,20 +146,16 @@ class GraphPlan:
         """Number of edges whose target is of a class."""
         return sum(block.edges for block in self.blocks if block.node_class == node_class)
 
-    @functools.cached_property
-    def edges_from_first(self) -> int:
-        """Number of edges that leave first-layer nodes: a suffix of ``source_order``."""
-        first = self.num_nodes - self.num_first
-        return int(self.num_edges - self.source_ptr[first]) if first < self.num_nodes else 0
-
     # -- types (positional encodings) --------------------------------------------------------------------------------
 
     def node_types(self, num_first: int, num_hidden_layers: int) -> Tensor:
-        """int64 [N]: each first neuron its own type, one per hidden layer, each last neuron its own (spec, *Before and after*)."""
-        return self._cached(("node_types", num_first, num_hidden_layers), self._node_types, num_first, num_hidden_layers)
+        """int64 [N]: each first neuron its own type, one per hidden layer, each last neuron its own."""
+        return self._cached(
+            ("node_types", num_first, num_hidden_layers), self._node_types, num_first, num_hidden_layers
+        )
 
     def _node_types(self, num_first: int, num_hidden_layers: int) -> Tensor:
-        position, layer = self.node_position.long(), self.node_layer.long()
+        position, layer = self.index("node_position"), self.index("node_layer")
         last, hidden = self.num_last, self.num_hidden
         types = num_first + layer - 1
         types[:last] = num_first + num_hidden_layers + position[:last]
@@ -150,35 +165,21 @@ class GraphPlan:
     def edge_types(self, num_first: int, num_hidden_layers: int) -> Tensor:
         """int64 [E]: one type per input neuron, per inner layer of weights, per output neuron.
 
-        An edge into output neuron k has k's type (spec, departure 2). With no hidden layer every edge has its source's.
+        An edge into output neuron k has k's type. With no hidden layer every edge has its source's.
         """
-        return self._cached(("edge_types", num_first, num_hidden_layers), self._edge_types, num_first, num_hidden_layers)
+        return self._cached(
+            ("edge_types", num_first, num_hidden_layers), self._edge_types, num_first, num_hidden_layers
+        )
 
     def _edge_types(self, num_first: int, num_hidden_layers: int) -> Tensor:
-        source, target = self.source.long(), self.target.long()
+        source, target = self.index("source"), self.index("target")
+        position = self.index("node_position")
         from_first = source >= self.num_nodes - self.num_first
         into_last = target < self.num_last
-        inner = num_first + self.node_layer.long()[source] - 1
-        output = num_first + num_hidden_layers - 1 + self.node_position.long()[target]
+        inner = num_first + self.index("node_layer")[source] - 1
+        output = num_first + num_hidden_layers - 1 + position[target]
         types = torch.where(into_last, output, inner)
-        return torch.where(from_first, self.node_position.long()[source], types)
-
-    def factor_pairs(self, num_first: int, num_hidden_layers: int, typed: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Distinct (source, edge type) pairs: (source int64 [P], type int64 [P] or None, pair of each edge int64 [E]).
-
-        A first-round message with one number per edge is that number times a vector of its pair. Untyped edges pair with
-        their source alone.
-        """
-        return self._cached(("pairs", num_first, num_hidden_layers, typed), self._factor_pairs, num_first, num_hidden_layers, typed)
-
-    def _factor_pairs(self, num_first: int, num_hidden_layers: int, typed: bool):
-        source = self.source.long()
-        if not typed:
-            return torch.arange(self.num_nodes, device=self.device), None, source
-        types = self.edge_types(num_first, num_hidden_layers)
-        width = int(types.max()) + 1 if types.numel() else 1
-        pairs, index = torch.unique(source * width + types, return_inverse=True)
-        return pairs // width, pairs % width, index
+        return torch.where(from_first, position[source], types)
 
     def index(self, name: str) -> Tensor:
         """int64 copy of an index tensor, cached (PyTorch's own gathers want int64)."""
@@ -189,8 +190,8 @@ class GraphPlan:
         return self._cached("reversed", self._reversed_ends)
 
     def _reversed_ends(self):
-        order = self.source_order.long()
-        return self.target.long()[order], self.source.long()[order]
+        order = self.index("source_order")
+        return self.index("target")[order], self.index("source")[order]
 
     def _cached(self, key, make, *args):
         if key not in self._cache:
@@ -199,29 +200,49 @@ class GraphPlan:
 
     # -- moving and joining ------------------------------------------------------------------------------------------
 
-    def _map(self, fn) -> GraphPlan:
-        names = ("source", "target", "target_ptr", "source_order", "source_ptr", "node_graph", "node_layer", "node_position")
-        edges_from_first = self.edges_from_first
-        moved = GraphPlan(
-            **{name: fn(getattr(self, name)) for name in names},
-            num_graphs=self.num_graphs, blocks=self.blocks, parts=self.parts, max_layer=self.max_layer,
-        )  # fmt: skip
-        moved.__dict__["edges_from_first"] = edges_from_first
-        return moved
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> GraphPlan:
+        return GraphPlan(
+            **{name: fn(value) if isinstance(value, Tensor) else value for name, value in self._fields().items()}
+        )
+
+    def _fields(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "_cache"}
+
+    def _is_dense(self) -> bool:
+        return all(part.layout is not None for part in self.parts)
 
     def to(self, device: torch.device | str) -> GraphPlan:
         """The plan on another device; copies are cached, so that moving batch after batch copies once."""
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # "cuda" is the current device, with its number
         if device == self.device:
             return self
         return self._cached(("device", str(device)), self._map, lambda t: t.to(device))
 
     def pin_memory(self) -> GraphPlan:
-        """The plan in page-locked memory."""
+        """The plan in page-locked memory, cached.
+
+        Raises:
+            RuntimeError: this machine has no accelerator to lock pages for.
+        """
+        if not torch.accelerator.is_available():
+            raise RuntimeError(
+                "pin_memory needs an accelerator such as a CUDA GPU to lock pages for, got none on this machine"
+            )
         return self._cached("pinned", self._map, lambda t: t.pin_memory())
 
+    def __copy__(self) -> GraphPlan:
+        return self
+
+    def __deepcopy__(self, memo) -> GraphPlan:
+        return self
+
+    def __reduce__(self):
+        if self._is_dense():
+            return _dense_plan, (_runs(self.parts), str(self.device))
+        return _restored_plan, (self._fields(),)
+
     @staticmethod
-    def from_layout(layout: tuple[int, ...], num_graphs: int) -> GraphPlan:
+    def from_layout(layout: Sequence[int], num_graphs: int) -> GraphPlan:
         """Plan of ``num_graphs`` networks with dense layers of the given sizes. Cached.
 
         Raises:
@@ -232,7 +253,7 @@ class GraphPlan:
             raise ValueError(f"layout must hold at least two positive layer sizes, got {list(layout)}")
         if num_graphs < 1:
             raise ValueError(f"num_graphs must be at least 1 (an empty batch has no plan), got {num_graphs}")
-        return _plan_of_layout(layout, num_graphs)
+        return _cache.get((layout, int(num_graphs)), _plan_of_layout)
 
     @staticmethod
     def from_edges(edge_index, num_nodes: int, graph=None) -> tuple[GraphPlan, np.ndarray, np.ndarray]:
@@ -250,231 +271,366 @@ class GraphPlan:
             ``edge_order[k]``.
 
         Raises:
-            ValueError: ids out of range, an edge between two graphs, an edge that stands twice, an isolated graph without
-                edges, or edges that form a cycle.
+            TypeError: ``edge_index`` or ``graph`` of another than an integer type.
+            ValueError: a wrong shape, ids out of range, an edge between two graphs, an edge that stands twice, a graph
+                without edges, or edges that form a cycle (which is named).
         """
         return _plan_of_edges(np.asarray(edge_index), int(num_nodes), None if graph is None else np.asarray(graph))
 
     @staticmethod
-    def cat(plans: list[GraphPlan]) -> GraphPlan:
-        """Plan of all graphs of several plans. Blocks of equal class and distance are joined in the order given."""
+    def cat(plans: Sequence[GraphPlan]) -> GraphPlan:
+        """Plan of all graphs of several plans, numbered in the order given. Equal (class, distance) share a block.
+
+        Raises:
+            ValueError: no plans; plans on different devices; more than 2^31 - 1 nodes or edges.
+        """
+        plans = list(plans)
+        if not plans:
+            raise ValueError("plans must hold at least one GraphPlan, got none")
         if len(plans) == 1:
             return plans[0]
-        if len({str(plan.device) for plan in plans}) > 1:
-            raise ValueError(f"plans must be on one device, got {sorted({str(plan.device) for plan in plans})}")
-        node_slices, edge_slices, blocks = merge_slices([plan.blocks for plan in plans])
-        graph_offset = np.cumsum([0] + [plan.num_graphs for plan in plans])
-        node_map = []
-        for plan in plans:
-            node_map.append(torch.empty(plan.num_nodes, dtype=torch.long, device=plan.device))
-        position = 0
-        for part, rows in node_slices:
-            count = rows.stop - rows.start
-            node_map[part][rows] = torch.arange(position, position + count, device=plans[part].device)
-            position += count
+        devices = sorted({str(plan.device) for plan in plans})
+        if len(devices) > 1:
+            raise ValueError(f"plans must be on one device, got {devices}")
+        return _joined_plan([plan._on_host() for plan in plans]).to(plans[0].device)
 
-        def nodes(get):
-            return torch.cat([get(part)[rows] for part, rows in node_slices])
-
-        def edges(get):
-            return torch.cat([get(part)[rows] for part, rows in edge_slices])
-
-        mapped_source = [node_map[k][plan.source.long()] for k, plan in enumerate(plans)]
-        mapped_target = [node_map[k][plan.target.long()] for k, plan in enumerate(plans)]
-        graphs = [plan.node_graph + int(graph_offset[k]) for k, plan in enumerate(plans)]
-        return _finish(
-            source=edges(lambda k: mapped_source[k]),
-            target=edges(lambda k: mapped_target[k]),
-            node_graph=nodes(lambda k: graphs[k]),
-            node_layer=nodes(lambda k: plans[k].node_layer),
-            node_position=nodes(lambda k: plans[k].node_position),
-            num_graphs=int(graph_offset[-1]),
-            blocks=blocks,
-            parts=tuple(part for plan in plans for part in plan.parts),
-        )
+    def _on_host(self) -> GraphPlan:
+        if self.device.type == "cpu":
+            return self
+        return _dense_plan(_runs(self.parts)) if self._is_dense() else self.to("cpu")
 
 
-def merge_slices(blocks_of: list[tuple[Block, ...]]):
+class _PlanCache:
+    """Plans of layouts, the least recently used ones dropped beyond a number of plans or of their edges."""
+
+    def __init__(self, max_plans: int, max_edges: int):
+        self.max_plans, self.max_edges = max_plans, max_edges
+        self.plans: OrderedDict[tuple, GraphPlan] = OrderedDict()
+        self.edges = 0
+        self.lock = threading.Lock()
+
+    def get(self, key: tuple[tuple[int, ...], int], make: Callable[..., GraphPlan]) -> GraphPlan:
+        with self.lock:
+            plan = self.plans.get(key)
+            if plan is not None:
+                self.plans.move_to_end(key)
+                return plan
+        plan = make(*key)
+        with self.lock:
+            plan = self.plans.setdefault(key, plan)
+            self.edges = sum(plan.num_edges for plan in self.plans.values())
+            while len(self.plans) > 1 and (len(self.plans) > self.max_plans or self.edges > self.max_edges):
+                self.edges -= self.plans.popitem(last=False)[1].num_edges
+        return plan
+
+
+_cache = _PlanCache(_CACHED_PLANS, _CACHED_EDGES)
+
+
+def _runs(parts: tuple[Part, ...]) -> tuple[tuple[tuple[int, ...] | None, int], ...]:
+    return tuple((part.layout, part.count) for part in parts)
+
+
+def _dense_plan(runs: tuple[tuple[tuple[int, ...], int], ...], device: str = "cpu") -> GraphPlan:
+    return GraphPlan.cat([GraphPlan.from_layout(layout, count) for layout, count in runs]).to(device)
+
+
+def _restored_plan(values: dict[str, Any]) -> GraphPlan:
+    return GraphPlan(**values)
+
+
+def _order_key(block: Block) -> tuple[int, int]:
+    return block.node_class, 0 if block.node_class == FIRST else block.distance
+
+
+def merge_slices(blocks_of: Sequence[tuple[Block, ...]]):
     """Interleave the blocks of several plans: ([(part, node slice)], [(part, edge slice)], merged blocks)."""
     runs = []
     for part, blocks in enumerate(blocks_of):
         node = edge = 0
         for block in blocks:
-            key = (block.node_class, 0 if block.node_class == FIRST else block.distance)
-            runs.append((key, part, block, slice(node, node + block.nodes), slice(edge, edge + block.edges)))
+            runs.append(
+                (_order_key(block), part, block, slice(node, node + block.nodes), slice(edge, edge + block.edges))
+            )
             node += block.nodes
             edge += block.edges
     runs.sort(key=lambda run: run[:2])
     merged: list[Block] = []
-    keys: list[tuple[int, int]] = []
     for key, _, block, _, _ in runs:
-        if keys and keys[-1] == key:
+        if merged and _order_key(merged[-1]) == key:
             previous = merged[-1]
             distance = min(previous.distance, block.distance)
             merged[-1] = Block(block.node_class, distance, previous.nodes + block.nodes, previous.edges + block.edges)
         else:
-            keys.append(key)
             merged.append(block)
     return [(run[1], run[3]) for run in runs], [(run[1], run[4]) for run in runs], tuple(merged)
 
 
-def _csr(index: Tensor, size: int) -> Tensor:
-    counts = torch.bincount(index.long(), minlength=size)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+def _check_size(num_nodes: int, num_edges: int) -> None:
+    if max(num_nodes, num_edges) > _MAX_ROWS:
+        raise ValueError(
+            f"a batch may have at most 2^31 - 1 nodes and edges, got {num_nodes} nodes and {num_edges} edges"
+        )
 
 
-def _finish(*, source, target, node_graph, node_layer, node_position, num_graphs, blocks, parts) -> GraphPlan:
-    num_nodes = node_graph.shape[0]
-    if max(num_nodes, source.shape[0]) > torch.iinfo(torch.int32).max:
-        raise ValueError(f"a batch may have at most 2^31 - 1 nodes and edges, got {num_nodes} and {source.shape[0]}")
-    order = torch.sort(source.long(), stable=True).indices
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    out = np.zeros(counts.size + 1, dtype=np.int32)
+    np.cumsum(counts, out=out[1:])
+    return out
+
+
+def _tensors(**arrays: np.ndarray) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)) for name, array in arrays.items()}
+
+
+def _plan_of_layout(layout: tuple[int, ...], num_graphs: int) -> GraphPlan:
+    depth = len(layout) - 1
+    _check_size(num_graphs * sum(layout), num_graphs * sum(a * b for a, b in zip(layout[:-1], layout[1:], strict=True)))
+    graphs = np.arange(num_graphs, dtype=np.int32)
+    blocks, node_graph, node_layer, node_position, indegree, outdegree = [], [], [], [], [], []
+    source, target, source_order = [], [], []
+    node = edge = 0
+    for layer in range(depth, -1, -1):
+        width = layout[layer]
+        fan_in, fan_out = layout[layer - 1] if layer else 0, layout[layer + 1] if layer < depth else 0
+        rows, count = num_graphs * width, num_graphs * width * fan_in
+        blocks.append(Block(LAST if layer == depth else HIDDEN if layer else FIRST, depth - layer, rows, count))
+        node_graph.append(np.repeat(graphs, width))
+        node_layer.append(np.full(rows, layer, dtype=np.int32))
+        node_position.append(np.tile(np.arange(width, dtype=np.int32), num_graphs))
+        indegree.append(np.full(rows, fan_in))
+        outdegree.append(np.full(rows, fan_out))
+        if layer:
+            shape = (num_graphs, width, fan_in)
+            target.append(np.repeat(np.arange(node, node + rows, dtype=np.int32), fan_in))
+            senders = np.arange(node + rows, node + rows + num_graphs * fan_in, dtype=np.int32)
+            source.append(np.broadcast_to(senders.reshape(num_graphs, 1, fan_in), shape).reshape(-1))
+            source_order.append(
+                np.arange(edge, edge + count, dtype=np.int32).reshape(shape).transpose(0, 2, 1).reshape(-1)
+            )
+        node += rows
+        edge += count
+    blocks = tuple(blocks)
     return GraphPlan(
-        source=source.to(torch.int32), target=target.to(torch.int32), target_ptr=_csr(target, num_nodes),
-        source_order=order.to(torch.int32), source_ptr=_csr(source, num_nodes),
-        node_graph=node_graph.to(torch.int32), node_layer=node_layer.to(torch.int32),
-        node_position=node_position.to(torch.int32), num_graphs=num_graphs, blocks=blocks, parts=parts,
-        max_layer=int(node_layer.max()),
+        **_tensors(
+            source=np.concatenate(source), target=np.concatenate(target), target_ptr=_offsets(np.concatenate(indegree)),
+            source_order=np.concatenate(source_order), source_ptr=_offsets(np.concatenate(outdegree)),
+            node_graph=np.concatenate(node_graph), node_layer=np.concatenate(node_layer),
+            node_position=np.concatenate(node_position),
+        ),
+        num_graphs=num_graphs, blocks=blocks, parts=(Part(layout, num_graphs, blocks),), max_layer=depth,
+        edges_from_first=num_graphs * layout[0] * layout[1],
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
-def _plan_of_layout(layout: tuple[int, ...], num_graphs: int) -> GraphPlan:
-    depth = len(layout) - 1
-    blocks, node_graph, node_layer, node_position, source, target = [], [], [], [], [], []
-    offsets = {}
-    position = 0
-    for layer in range(depth, -1, -1):
-        offsets[layer] = position
-        position += num_graphs * layout[layer]
-    graphs = torch.arange(num_graphs)
-    for layer in range(depth, -1, -1):
-        width = layout[layer]
-        node_class = LAST if layer == depth else FIRST if layer == 0 else HIDDEN
-        fan_in = layout[layer - 1] if layer else 0
-        blocks.append(Block(node_class, depth - layer, num_graphs * width, num_graphs * width * fan_in))
-        node_graph.append(graphs.repeat_interleave(width))
-        node_layer.append(torch.full((num_graphs * width,), layer))
-        node_position.append(torch.arange(width).repeat(num_graphs))
-        if layer:
-            shape = (num_graphs, width, fan_in)
-            t = offsets[layer] + torch.arange(num_graphs * width).view(num_graphs, width, 1)
-            s = offsets[layer - 1] + torch.arange(num_graphs * fan_in).view(num_graphs, 1, fan_in)
-            target.append(t.expand(shape).reshape(-1))
-            source.append(s.expand(shape).reshape(-1))
-    blocks = tuple(blocks)
-    return _finish(
-        source=torch.cat(source), target=torch.cat(target), node_graph=torch.cat(node_graph),
-        node_layer=torch.cat(node_layer), node_position=torch.cat(node_position), num_graphs=num_graphs, blocks=blocks,
-        parts=((layout, num_graphs, blocks),),
+def _joined_plan(plans: list[GraphPlan]) -> GraphPlan:
+    node_slices, edge_slices, blocks = merge_slices([plan.blocks for plan in plans])
+    num_nodes, num_edges = sum(plan.num_nodes for plan in plans), sum(plan.num_edges for plan in plans)
+    _check_size(num_nodes, num_edges)
+    graph_offset = np.cumsum([0] + [plan.num_graphs for plan in plans])
+    names = (
+        "source",
+        "target",
+        "source_order",
+        "source_ptr",
+        "target_ptr",
+        "node_graph",
+        "node_layer",
+        "node_position",
+    )
+    arrays = [{name: getattr(plan, name).numpy() for name in names} for plan in plans]
+    # Within one plan both orders survive: new ids grow with the old ones, so neither CSR needs a sort.
+    node_map = [np.empty(plan.num_nodes, dtype=np.int32) for plan in plans]
+    edge_map = [np.empty(plan.num_edges, dtype=np.int32) for plan in plans]
+    for maps, slices in ((node_map, node_slices), (edge_map, edge_slices)):
+        position = 0
+        for part, rows in slices:
+            count = rows.stop - rows.start
+            maps[part][rows] = np.arange(position, position + count, dtype=np.int32)
+            position += count
+    ends = [
+        (mapping[part["source"]], mapping[part["target"]], edges[part["source_order"]])
+        for mapping, edges, part in zip(node_map, edge_map, arrays, strict=True)
+    ]
+    by_source = [(part, slice(*arrays[part]["source_ptr"][[rows.start, rows.stop]])) for part, rows in node_slices]
+    graphs = [part["node_graph"] + offset for part, offset in zip(arrays, graph_offset[:-1], strict=True)]
+    degrees = [(np.diff(part["target_ptr"]), np.diff(part["source_ptr"])) for part in arrays]
+    return GraphPlan(
+        **_tensors(
+            source=np.concatenate([ends[part][0][rows] for part, rows in edge_slices]),
+            target=np.concatenate([ends[part][1][rows] for part, rows in edge_slices]),
+            source_order=np.concatenate([ends[part][2][rows] for part, rows in by_source]),
+            target_ptr=_offsets(np.concatenate([degrees[part][0][rows] for part, rows in node_slices])),
+            source_ptr=_offsets(np.concatenate([degrees[part][1][rows] for part, rows in node_slices])),
+            node_graph=np.concatenate([graphs[part][rows] for part, rows in node_slices]),
+            node_layer=np.concatenate([arrays[part]["node_layer"][rows] for part, rows in node_slices]),
+            node_position=np.concatenate([arrays[part]["node_position"][rows] for part, rows in node_slices]),
+        ),
+        num_graphs=int(graph_offset[-1]), blocks=blocks, parts=tuple(part for plan in plans for part in plan.parts),
+        max_layer=max(plan.max_layer for plan in plans), edges_from_first=sum(plan.edges_from_first for plan in plans),
     )  # fmt: skip
 
 
 def _longest_path(source: np.ndarray, target: np.ndarray, num_nodes: int) -> np.ndarray:
-    """Longest path to each node; raises on a cycle. Relaxes frontier by frontier (Kahn's order)."""
+    """Longest path to each node; raises on a cycle. Frontier by frontier (Kahn's order)."""
     layer = np.zeros(num_nodes, dtype=np.int64)
     waiting = np.bincount(target, minlength=num_nodes)
-    order = np.argsort(source, kind="stable")
+    ends_by_source = target[np.argsort(source, kind="stable")]
     starts = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=num_nodes))])
     frontier = np.flatnonzero(waiting == 0)
-    seen = 0
     depth = 0
     while frontier.size:
-        seen += frontier.size
         layer[frontier] = depth
         counts = starts[frontier + 1] - starts[frontier]
         inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        ends = target[order[np.repeat(starts[frontier], counts) + inside]]
-        np.subtract.at(waiting, ends, 1)
-        ends = np.unique(ends)
+        ends, times = np.unique(ends_by_source[np.repeat(starts[frontier], counts) + inside], return_counts=True)
+        waiting[ends] -= times
         frontier = ends[waiting[ends] == 0]
         depth += 1
-    if seen < num_nodes:
-        stuck = np.flatnonzero(waiting > 0)
-        raise ValueError(
-            f"edge_index must be acyclic (a feed-forward network), got a cycle through {stuck.size} nodes, e.g. node {stuck[0]}"
-        )
+    if waiting.any():
+        cycle = _find_cycle(source, target, waiting > 0)
+        shown = " -> ".join(map(str, cycle if len(cycle) <= 8 else [*cycle[:6], "...", cycle[-1]]))
+        raise ValueError(f"edge_index must be acyclic (a feed-forward network), got the cycle {shown}")
     return layer
 
 
+def _find_cycle(source: np.ndarray, target: np.ndarray, stuck: np.ndarray) -> list[int]:
+    """A cycle among nodes each of which has a predecessor among them, as node ids, first and last equal."""
+    inside = stuck[source] & stuck[target]
+    predecessor = dict(zip(target[inside].tolist(), source[inside].tolist(), strict=True))
+    node = int(np.flatnonzero(stuck)[0])
+    seen: dict[int, int] = {}
+    path = []
+    while node not in seen:
+        seen[node] = len(path)
+        path.append(node)
+        node = predecessor[node]
+    return [node, *reversed(path[seen[node] :])]
+
+
 def _distance_to_last(source: np.ndarray, target: np.ndarray, is_last: np.ndarray) -> np.ndarray:
+    """Fewest edges from each node to a last-layer node; `_UNREACHABLE` for isolated nodes."""
     distance = np.where(is_last, 0, _UNREACHABLE)
     step = 0
-    while True:
-        reached = source[(distance[target] == step) & (distance[source] == _UNREACHABLE)]
-        if reached.size == 0:
-            return distance
+    while source.size:
+        reached = distance[target] == step
+        senders = source[reached]
         step += 1
-        distance[reached] = step
+        distance[senders[distance[senders] == _UNREACHABLE]] = step
+        source, target = source[~reached], target[~reached]
+    return distance
 
 
 def _plan_of_edges(edge_index: np.ndarray, num_nodes: int, graph: np.ndarray | None):
     if edge_index.ndim != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index must have shape [2, E], got {list(edge_index.shape)}")
     if edge_index.dtype.kind not in "iu":
-        raise ValueError(f"edge_index must be of an integer type, got {edge_index.dtype}")
+        raise TypeError(f"edge_index must be of an integer type, got {edge_index.dtype}")
     if num_nodes < 1:
         raise ValueError(f"num_nodes must be at least 1 (an empty batch has no plan), got {num_nodes}")
+    _check_size(num_nodes, edge_index.shape[1])
+    if edge_index.size and (edge_index.min() < 0 or edge_index.max() >= num_nodes):
+        raise ValueError(
+            f"edge_index must hold nodes 0 to {num_nodes - 1}, got {edge_index.min()} to {edge_index.max()}"
+        )
     source, target = edge_index.astype(np.int64)
-    if source.size and (edge_index.min() < 0 or edge_index.max() >= num_nodes):
-        raise ValueError(f"edge_index must hold nodes 0 to {num_nodes - 1}, got {edge_index.min()} to {edge_index.max()}")
-    graph = np.zeros(num_nodes, dtype=np.int64) if graph is None else graph.astype(np.int64)
+    if graph is None:
+        graph = np.zeros(num_nodes, dtype=np.int64)
     if graph.shape != (num_nodes,):
         raise ValueError(f"graph must have shape [{num_nodes}], got {list(graph.shape)}")
+    if graph.dtype.kind not in "iu":
+        raise TypeError(f"graph must be of an integer type, got {graph.dtype}")
+    if graph.min() < 0:
+        raise ValueError(f"graph must hold graph numbers from 0, got {graph.min()}")
+    graph = graph.astype(np.int64)
     if (graph[source] != graph[target]).any():
         edge = int(np.flatnonzero(graph[source] != graph[target])[0])
-        raise ValueError(f"edge_index must join nodes of one graph, got edge {edge} from graph {graph[source[edge]]} to {graph[target[edge]]}")
-    if np.unique(source * num_nodes + target).size != source.size:
-        raise ValueError("edge_index must hold each edge once, got a repeated edge")
+        raise ValueError(
+            f"edge_index must join nodes of one graph, got edge {edge} "
+            f"from graph {graph[source[edge]]} to graph {graph[target[edge]]}"
+        )
     num_graphs = int(graph.max()) + 1
-    if np.setdiff1d(np.arange(num_graphs), graph[source]).size:
-        raise ValueError(f"every graph needs an edge, got none in graph {np.setdiff1d(np.arange(num_graphs), graph[source])[0]}")
+    if num_graphs > num_nodes:
+        raise ValueError(
+            f"graph must number the graphs 0, 1, ... without gaps, got {num_graphs - 1} with {num_nodes} nodes"
+        )
+    edges_of = np.bincount(graph[source], minlength=num_graphs)
+    if not edges_of.all():
+        raise ValueError(f"every graph needs an edge, got none in graph {int(np.flatnonzero(edges_of == 0)[0])}")
 
     layer = _longest_path(source, target, num_nodes)
-    has_in = np.bincount(target, minlength=num_nodes) > 0
-    has_out = np.bincount(source, minlength=num_nodes) > 0
-    node_class = np.where(~has_in, FIRST, np.where(has_out, HIDDEN, LAST))
+    indegree, outdegree = np.bincount(target, minlength=num_nodes), np.bincount(source, minlength=num_nodes)
+    node_class = np.where(indegree == 0, FIRST, np.where(outdegree > 0, HIDDEN, LAST))
     distance = _distance_to_last(source, target, node_class == LAST)
     key_distance = np.where(node_class == FIRST, 0, distance)
-    node_order = np.lexsort((np.arange(num_nodes), graph, key_distance, node_class))
+    node_order = np.lexsort((graph, key_distance, node_class))
     rank = np.empty(num_nodes, dtype=np.int64)
     rank[node_order] = np.arange(num_nodes)
-    edge_order = np.lexsort((source, rank[target]))
+    edge_key = rank[target] * num_nodes + rank[source]
+    edge_order = np.argsort(edge_key)
+    repeated = np.flatnonzero(np.diff(edge_key[edge_order]) == 0)
+    if repeated.size:
+        edge = edge_order[repeated[0]]
+        raise ValueError(f"edge_index must hold each edge once, got {source[edge]} -> {target[edge]} more than once")
 
-    # position of a node among those of its graph and class (its layer, for hidden ones), in input order
-    group = np.lexsort((np.arange(num_nodes), np.where(node_class == HIDDEN, layer, 0), node_class, graph))
-    same = np.ones(num_nodes, dtype=bool)
-    keys = np.stack([graph, node_class, np.where(node_class == HIDDEN, layer, 0)])[:, group]
-    same[1:] = (keys[:, 1:] != keys[:, :-1]).any(0)
-    starts = np.maximum.accumulate(np.where(same, np.arange(num_nodes), 0))
-    position = np.empty(num_nodes, dtype=np.int64)
-    position[group] = np.arange(num_nodes) - starts
-
-    indegree = np.bincount(target, minlength=num_nodes)
-    blocks = []
-    ordered = np.stack([node_class[node_order], key_distance[node_order]])
-    bounds = np.flatnonzero(np.r_[True, (ordered[:, 1:] != ordered[:, :-1]).any(0), True])
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        rows = node_order[start:stop]
-        blocks.append(Block(int(node_class[rows[0]]), int(distance[rows].min()), int(stop - start), int(indegree[rows].sum())))
-    blocks = tuple(blocks)
-    layouts = _layouts(graph, layer, node_class, rank, source, target, num_graphs)
-    parts = ((layouts, num_graphs, blocks),)
-    plan = _finish(
-        source=torch.from_numpy(rank[source[edge_order]]), target=torch.from_numpy(rank[target[edge_order]]),
-        node_graph=torch.from_numpy(graph[node_order]), node_layer=torch.from_numpy(layer[node_order]),
-        node_position=torch.from_numpy(position[node_order]), num_graphs=num_graphs, blocks=blocks, parts=parts,
+    parts = _parts(graph, layer, node_class, key_distance, distance, indegree, source, target, num_graphs)
+    if all(part.layout is not None for part in parts):
+        return _dense_plan(_runs(parts)), node_order, edge_order
+    plan_source, plan_target = rank[source[edge_order]], rank[target[edge_order]]
+    plan = GraphPlan(
+        **_tensors(
+            source=plan_source, target=plan_target, target_ptr=_offsets(indegree[node_order]),
+            source_order=np.argsort(plan_source * num_nodes + plan_target), source_ptr=_offsets(outdegree[node_order]),
+            node_graph=graph[node_order], node_layer=layer[node_order],
+            node_position=_positions(graph, layer, node_class)[node_order],
+        ),
+        num_graphs=num_graphs, blocks=merge_slices([part.blocks for part in parts])[2], parts=parts,
+        max_layer=int(layer.max()), edges_from_first=int(outdegree[node_class == FIRST].sum()),
     )  # fmt: skip
     return plan, node_order, edge_order
 
 
-def _layouts(graph, layer, node_class, rank, source, target, num_graphs) -> tuple[int, ...] | None:
-    """The layer sizes that all graphs share, or None where they differ or a graph is no dense stack of layers."""
-    depth = int(layer.max())
-    sizes = np.zeros((num_graphs, depth + 1), dtype=np.int64)
-    np.add.at(sizes, (graph, layer), 1)
-    if (sizes != sizes[0]).any() or (layer[target] != layer[source] + 1).any():
-        return None
-    if ((node_class == LAST) != (layer == depth)).any() or ((node_class == FIRST) != (layer == 0)).any():
-        return None
-    dense = int((sizes[0, :-1] * sizes[0, 1:]).sum()) * num_graphs
-    return tuple(int(n) for n in sizes[0]) if source.size == dense else None
+def _positions(graph: np.ndarray, layer: np.ndarray, node_class: np.ndarray) -> np.ndarray:
+    """Place of each node, in input order, among those of its graph and class, and for hidden ones of its layer."""
+    keys = np.stack([graph, node_class, np.where(node_class == HIDDEN, layer, 0)])
+    order = np.lexsort(keys[::-1])
+    new = np.r_[True, (np.diff(keys[:, order]) != 0).any(0)]
+    place = np.arange(order.size)
+    position = np.empty(order.size, dtype=np.int64)
+    position[order] = place - np.maximum.accumulate(np.where(new, place, 0))
+    return position
+
+
+def _parts(graph, layer, node_class, key_distance, distance, indegree, source, target, num_graphs) -> tuple[Part, ...]:
+    """Runs of graphs of one layout, with each run's blocks."""
+    depth = int(layer.max()) + 1
+    sizes = np.bincount(graph * depth + layer, minlength=num_graphs * depth).reshape(num_graphs, depth)
+    layers = (sizes > 0).sum(1)
+    irregular = np.bincount(graph[source], layer[target] != layer[source] + 1, minlength=num_graphs)
+    irregular += np.bincount(graph, (node_class == LAST) != (layer == layers[graph] - 1), minlength=num_graphs)
+    edges = np.bincount(graph[source], minlength=num_graphs)
+    dense = (irregular == 0) & (edges == (sizes[:, :-1] * sizes[:, 1:]).sum(1))
+    layouts = [
+        tuple(row[:n]) if is_dense else None
+        for row, n, is_dense in zip(sizes.tolist(), layers.tolist(), dense.tolist(), strict=True)
+    ]
+    starts = [k for k in range(num_graphs) if k == 0 or layouts[k] != layouts[k - 1]]
+    run = np.zeros(num_graphs, dtype=np.int64)
+    run[starts[1:]] = 1
+    run = np.cumsum(run)[graph]
+
+    order = np.lexsort((key_distance, node_class, run))
+    keys = np.stack([run, node_class, key_distance])[:, order]
+    bounds = np.flatnonzero(np.r_[True, (np.diff(keys) != 0).any(0)])
+    counts = np.diff(np.r_[bounds, order.size])
+    block_edges = np.add.reduceat(indegree[order], bounds)
+    nearest = np.minimum.reduceat(distance[order], bounds)
+    blocks: list[list[Block]] = [[] for _ in starts]
+    for k, bound in enumerate(bounds):
+        block = Block(int(keys[1, bound]), int(nearest[k]), int(counts[k]), int(block_edges[k]))
+        blocks[keys[0, bound]].append(block)
+    stops = [*starts[1:], num_graphs]
+    return tuple(
+        Part(layouts[start], stop - start, tuple(blocks[k]))
+        for k, (start, stop) in enumerate(zip(starts, stops, strict=True))
+    )

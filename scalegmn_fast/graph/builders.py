@@ -1,0 +1,587 @@
+"""`GraphBatch` from state dicts, from live modules and from the original implementation's PyG batches.
+
+Neurons, and channels of convolutions, are nodes. An edge feature holds everything that joins two of them, in ``d_e``
+numbers:
+
+* a convolution's kernel, padded with zeros to the largest kernel on each axis (``kernel_size``), its centre kept in the
+  centre, row by row;
+* a linear layer's weight as a kernel of size 1 x 1, so at the centre tap, or with ``linear_tap="first"`` as the first
+  number, as the original implementation has it;
+* a linear layer on flattened channels of s > 1 pixels: the s weights that read one channel, in the pixels' order, as
+  the first s numbers; ``d_e`` is the larger of s and the kernel's size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batch import GraphBatch
+
+LINEAR_TAPS = ("centre", "first")
+
+_KINDS = {
+    "sign": frozenset({"sign"}),
+    "scale": frozenset({"scale"}),
+    "permutation": frozenset(),
+}
+_BOTH = frozenset({"sign", "scale"})
+
+_MODULE_KINDS: dict[type[nn.Module], frozenset[str]] = {
+    **dict.fromkeys((nn.Tanh, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink), _KINDS["sign"]),
+    **dict.fromkeys((nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU), _KINDS["scale"]),
+    **dict.fromkeys((nn.MaxPool2d, nn.AdaptiveMaxPool2d), _KINDS["scale"]),
+    **dict.fromkeys((nn.Identity, nn.Flatten, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ZeroPad2d), _BOTH),
+    **dict.fromkeys((nn.Dropout, nn.Dropout2d), _BOTH),
+    **dict.fromkeys((nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Softplus), _KINDS["permutation"]),
+    **dict.fromkeys((nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish), _KINDS["permutation"]),
+    **dict.fromkeys((nn.Hardswish, nn.ReLU6), _KINDS["permutation"]),
+}
+_PASSIVE = (
+    nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    nn.Flatten, nn.ZeroPad2d, nn.Dropout, nn.Dropout2d,
+)  # fmt: skip
+_SUPPORTED = (
+    f"Linear, Conv2d, {', '.join(cls.__name__ for cls in _MODULE_KINDS)}, Hardtanh, sine modules, "
+    "containers of these whose children run in order, and classes named in module_symmetry"
+)
+
+
+class _Network(NamedTuple):
+    """One network as its layers' parameters: weights [out, in] or [out, in, kh, kw], biases [out] or None."""
+
+    label: str
+    names: list[str]
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(w.shape) for w in self.weights)
+
+
+class _Grid(NamedTuple):
+    """How weights become edge features: kernels padded to height x width, ``d_e`` numbers, where a linear weight is."""
+
+    height: int
+    width: int
+    d_e: int
+    tap: int
+
+
+# -- state dicts -----------------------------------------------------------------------------------------------------
+
+
+def from_state_dicts(
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    *,
+    input_value: float | None = None,
+    sign_mask: Tensor | Sequence[Tensor | bool] | None = None,
+    names: Sequence[tuple[str, str | None]] | None = None,
+    kernel_size: tuple[int, int] | None = None,
+    linear_tap: str = "centre",
+) -> GraphBatch:
+    """Batch of the networks whose parameters are given, one state dict per network, in the order of the list.
+
+    Tensors of 2 or 4 dimensions are weights ([out, in] and [out, in, kh, kw]), those of 1 dimension biases. Layers
+    stand in the order of the numbers in the weights' names where these differ in their numbers alone (``seq.2.weight``
+    before ``seq.10.weight``), else in the order of the dict. A bias belongs to the weight of the same name but for
+    ``weight`` / ``bias`` (or ``kernel`` / ``bias``, ``w`` / ``b``); if none is named so, biases belong to weights in
+    order. A layer without bias has the bias 0.
+
+    Args:
+        state_dicts: one mapping of names to tensors per network. Architectures may differ; equal ones next to each
+            other are the fastest.
+        input_value: node feature of first-layer neurons; None for 1 in networks of linear layers and 0 in networks with
+            convolutions, as the published models have it.
+        sign_mask: bool [B], [B, neurons], or a list of one bool or bool [neurons] per network; see
+            `GraphBatch.from_weights`.
+        names: (weight, bias or None) names of the layers in order, instead of the rules above.
+        kernel_size: height and width to pad kernels to; None for the largest kernel of all networks on each axis.
+        linear_tap: where a linear weight stands among ``d_e`` numbers, "centre" or "first".
+
+    Returns:
+        A `GraphBatch` of d_v = 1 and d_e as the module's docstring says. Deterministic; differentiable in every tensor.
+
+    Raises:
+        TypeError, ValueError: an empty list; an argument or tensor of a wrong type, shape, dtype or device; layers that
+            do not fit each other; parameters of anything but linear layers and convolutions (normalisation).
+        KeyError: a name of ``names`` is not in a state dict.
+    """
+    _check_list("state_dicts", state_dicts)
+    networks = []
+    for index, state in enumerate(state_dicts):
+        label = f"state_dicts[{index}]"
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{label} must be a mapping of names to tensors, got {type(state).__name__}")
+        networks.append(_network_of_state(label, state, names))
+    masks = _split_sign_mask(sign_mask, networks)
+    return _build(networks, input_value=input_value, masks=masks, kernel_size=kernel_size, linear_tap=linear_tap)
+
+
+def _network_of_state(label: str, state: Mapping[str, Tensor], names) -> _Network:
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{label}[{name!r}] must be a torch.Tensor, got {type(value).__name__}")
+    if names is None:
+        pairs = _paired_names(label, state)
+    else:
+        pairs = list(names)
+        if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+            raise ValueError(f"names must hold one pair (weight, bias or None) per layer, got {names!r}")
+    for name in itertools.chain.from_iterable(pairs):
+        if name is not None and name not in state:
+            raise KeyError(f"names: {label} must hold {name!r}, got {_shown(state)}")
+    weights = [state[weight] for weight, _ in pairs]
+    biases = [None if bias is None else state[bias] for _, bias in pairs]
+    for (weight, bias), w, b in zip(pairs, weights, biases, strict=True):
+        if w.ndim not in (2, 4):
+            raise ValueError(f"{label}[{weight!r}] must be [out, in] or [out, in, kh, kw], got shape {list(w.shape)}")
+        if b is not None and b.shape != w.shape[:1]:
+            raise ValueError(f"{label}[{bias!r}] must have shape {list(w.shape[:1])}, got {list(b.shape)}")
+    return _Network(label, [f"[{weight!r}]" for weight, _ in pairs], weights, biases)
+
+
+def _paired_names(label: str, state: Mapping[str, Tensor]) -> list[tuple[str, str | None]]:
+    weights = [name for name, value in state.items() if value.ndim in (2, 4)]
+    biases = [name for name, value in state.items() if value.ndim == 1]
+    for name, value in state.items():
+        last = name.rsplit(".", 1)[-1]
+        scale_of_norm = value.ndim == 1 and ("weight" in last or "running" in last)
+        if value.ndim not in (1, 2, 4) or scale_of_norm:
+            raise ValueError(
+                f"{label} must hold weights [out, in] or [out, in, kh, kw] and biases [out] of linear layers and "
+                f"convolutions, got {name!r} of shape {list(value.shape)}"
+            )
+    if not weights:
+        raise ValueError(f"{label} must hold at least one weight [out, in] or [out, in, kh, kw], got {_shown(state)}")
+    if len({re.sub(r"\d+", "#", name) for name in weights}) == 1:
+        weights.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    named = {name: _bias_name(name, biases) for name in weights}
+    if biases and not any(named.values()) and len(biases) == len(weights):
+        return list(zip(weights, biases, strict=True))
+    unused = [name for name in biases if name not in named.values()]
+    if unused:
+        raise ValueError(f"{label} must hold a weight for every bias, got {unused[0]!r} beside the weights {weights}")
+    return list(named.items())
+
+
+def _bias_name(weight: str, biases: Sequence[str]) -> str | None:
+    head, dot, last = weight.rpartition(".")
+    for pattern, replacement in (("weight", "bias"), ("kernel", "bias"), ("w", "b")):
+        candidate = head + dot + last.replace(pattern, replacement, 1)
+        if candidate in biases:
+            return candidate
+    return None
+
+
+def _shown(state: Mapping[str, Any]) -> str:
+    names = list(state)
+    return str(names if len(names) <= 8 else [*names[:8], "..."])
+
+
+def _split_sign_mask(mask, networks: list[_Network]) -> list[Tensor] | None:
+    """One bool [] or [neurons] per network."""
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and (mask.dtype != torch.bool or mask.ndim not in (1, 2)):
+        raise TypeError(f"sign_mask must be bool [B] or [B, neurons], got {mask.dtype} {list(mask.shape)}")
+    if not isinstance(mask, Tensor | Sequence):
+        raise TypeError(f"sign_mask must be a bool tensor or a list of one per network, got {type(mask).__name__}")
+    if len(mask) != len(networks):
+        raise ValueError(f"sign_mask must have one entry per network, {len(networks)}, got {len(mask)}")
+    masks = []
+    for index, (entry, network) in enumerate(zip(mask, networks, strict=True)):
+        device = network.weights[0].device
+        if isinstance(entry, bool):
+            entry = torch.tensor(entry, device=device)
+        neurons = sum(_layout(network))
+        if not isinstance(entry, Tensor) or entry.dtype != torch.bool:
+            raise TypeError(f"sign_mask[{index}] must be a bool, got {getattr(entry, 'dtype', type(entry).__name__)}")
+        if entry.shape not in ((), (neurons,)):
+            raise ValueError(f"sign_mask[{index}] must have shape [] or [{neurons}], got {list(entry.shape)}")
+        if entry.device != device:
+            raise ValueError(f"sign_mask[{index}] must be on {device}, got {entry.device}")
+        masks.append(entry)
+    return masks
+
+
+# -- layers to edge features -----------------------------------------------------------------------------------------
+
+
+def _check_list(name: str, values) -> None:
+    if not isinstance(values, Sequence) or isinstance(values, str | nn.Module):
+        raise TypeError(f"{name} must be a list, one entry per network, got {type(values).__name__}")
+    if not values:
+        raise ValueError(f"{name} must hold at least one network, got an empty list")
+
+
+def _layout(network: _Network) -> tuple[int, ...]:
+    return (network.weights[0].shape[1], *(w.shape[0] for w in network.weights))
+
+
+def _pixels(network: _Network) -> list[int]:
+    """Per layer, how many of its inputs belong to one neuron before it: 1, or the pixels of a flattened channel."""
+    counts = []
+    previous = network.weights[0]
+    for index, w in enumerate(network.weights):
+        width = previous.shape[0] if index else w.shape[1]
+        count = w.shape[1] // width if width else 0
+        flattens = w.ndim == 2 and previous.ndim == 4
+        if w.numel() == 0 or count * width != w.shape[1] or (count > 1 and not flattens):
+            expected = f"{width}, or a multiple of it after Flatten" if flattens else str(width)
+            raise ValueError(
+                f"{network.label}{network.names[index]} must read the {width} neurons before it: expected {expected} "
+                f"inputs, got shape {list(w.shape)}"
+            )
+        counts.append(count)
+        previous = w
+    return counts
+
+
+def _check_tensors(networks: list[_Network]) -> None:
+    first = networks[0].weights[0]
+    for network in networks:
+        for name, w, b in zip(network.names, network.weights, network.biases, strict=True):
+            for kind, value in (("weight", w), ("bias", b)):
+                if value is None:
+                    continue
+                if not value.is_floating_point() or value.dtype != first.dtype:
+                    raise TypeError(
+                        f"{network.label}{name}: {kind} must be floating point of the first weight's dtype "
+                        f"{first.dtype}, got {value.dtype}"
+                    )
+                if value.device != first.device:
+                    raise ValueError(
+                        f"{network.label}{name}: {kind} must be on the first weight's device {first.device}, "
+                        f"got {value.device}"
+                    )
+
+
+def _grid(networks: list[_Network], pixels: int, kernel_size, linear_tap: str) -> _Grid:
+    if linear_tap not in LINEAR_TAPS:
+        raise ValueError(f"linear_tap must be one of {', '.join(LINEAR_TAPS)}, got {linear_tap!r}")
+    kernels = {w.shape[2:] for network in networks for w in network.weights if w.ndim == 4} | {(1, 1)}
+    height, width = (max(kernel[axis] for kernel in kernels) for axis in (0, 1))
+    if kernel_size is not None:
+        given = tuple(kernel_size) if isinstance(kernel_size, Sequence) else kernel_size
+        if not isinstance(given, tuple) or len(given) != 2 or not all(isinstance(size, int) for size in given):
+            raise TypeError(f"kernel_size must be two integers, height and width, got {kernel_size!r}")
+        if given[0] < height or given[1] < width:
+            raise ValueError(f"kernel_size must be at least the largest kernels, {(height, width)}, got {given}")
+        height, width = given
+    tap = (height - 1) // 2 * width + (width - 1) // 2 if linear_tap == "centre" else 0
+    return _Grid(height, width, max(height * width, pixels), tap)
+
+
+def _edge_features(weight: Tensor, pixels: int, grid: _Grid) -> Tensor:
+    """[B, out, in, *kernel] or [B, out, in * pixels] -> [B, in, out, d_e]."""
+    if weight.ndim == 5:
+        rows, columns = grid.height - weight.shape[3], grid.width - weight.shape[4]
+        if rows or columns:
+            weight = F.pad(weight, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        features, before = weight.flatten(3), 0
+    elif pixels > 1:
+        features, before = weight.unflatten(2, (-1, pixels)), 0
+    else:
+        features, before = weight.unsqueeze(-1), grid.tap
+    after = grid.d_e - before - features.shape[-1]
+    if before or after:
+        features = F.pad(features, (before, after))
+    return features.transpose(1, 2)
+
+
+def _build(
+    networks: list[_Network],
+    *,
+    input_value: float | None,
+    masks: list[Tensor] | None,
+    kernel_size: tuple[int, int] | None,
+    linear_tap: str,
+) -> GraphBatch:
+    _check_tensors(networks)
+    pixels = {network.shapes(): _pixels(network) for network in networks}
+    grid = _grid(networks, max(itertools.chain.from_iterable(pixels.values())), kernel_size, linear_tap)
+    batches = []
+    position = 0
+    for shapes, run in itertools.groupby(networks, key=_Network.shapes):
+        run = list(run)
+        weights, biases = [], []
+        for layer, shape in enumerate(shapes):
+            stacked = torch.stack([network.weights[layer] for network in run])
+            weights.append(_edge_features(stacked, pixels[shapes][layer], grid))
+            found = [network.biases[layer] for network in run]
+            biases.append(torch.stack([stacked.new_zeros(shape[0]) if b is None else b for b in found]))
+        value = (0.0 if any(len(shape) == 4 for shape in shapes) else 1.0) if input_value is None else input_value
+        mask = None
+        if masks is not None:
+            entries = masks[position : position + len(run)]
+            size = 1 if all(entry.ndim == 0 for entry in entries) else sum(_layout(run[0]))
+            mask = torch.stack([entry.expand(size) for entry in entries])
+            mask = mask.squeeze(1) if size == 1 else mask
+        batches.append(GraphBatch.from_weights(weights, biases, input_value=value, sign_mask=mask))
+        position += len(run)
+    return GraphBatch.cat(batches)
+
+
+# -- live modules ----------------------------------------------------------------------------------------------------
+
+
+class _Item(NamedTuple):
+    """A layer, or a module that stands between layers, with the containers around it, outermost first.
+
+    ``weight`` is None for all but layers. ``kinds`` are the symmetries of a known module, None for an unknown one;
+    ``activates`` tells activations from pooling and the like. A container is (path, whether it runs its children in
+    order for certain).
+    """
+
+    path: str
+    cls: str
+    containers: tuple[tuple[str, bool], ...]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    kinds: frozenset[str] | None = None
+    activates: bool = True
+
+
+def from_modules(
+    modules: Sequence[nn.Module],
+    *,
+    input_value: float | None = None,
+    activation: str | None = None,
+    module_symmetry: Mapping[type[nn.Module], str] | None = None,
+    kernel_size: tuple[int, int] | None = None,
+    linear_tap: str = "centre",
+) -> GraphBatch:
+    """Batch of live networks, in the order of the list, with the symmetry that their activations have.
+
+    A network is a stack of Linear and Conv2d with activations, dropout, Flatten and pooling between them: an
+    nn.Sequential, or a module whose children, in the order of their definition, are such a stack. ``forward`` is not
+    read. Sine layers are known by their class's name (Sine, Siren, SineLayer) or an attribute ``w0`` or ``omega_0``, on
+    their own or around one linear layer.
+
+    What stands between two layers decides on the neurons there: odd functions (tanh, sine, softsign, shrinkages) have
+    the sign symmetry, positively homogeneous ones (ReLU, LeakyReLU, max pooling) the scale symmetry, linear ones
+    (identity, average pooling) both, others neither. What stands before the first and after the last layer does not
+    matter.
+
+    The batch's ``symmetry`` is "sign" or "scale" if all hidden neurons of all networks have it, "permutation" if some
+    neuron has neither, else "hetero"; where only linear functions occur, "scale". Its ``sign_mask`` is set for all but
+    "permutation"; input and output neurons take the value of the hidden layer next to them.
+
+    Args:
+        modules: the networks; architectures may differ.
+        input_value, kernel_size, linear_tap: see `from_state_dicts`.
+        activation: "sign", "scale" or "permutation": the symmetry of what ``forward`` applies between two layers with
+            no activation module between them. Needed where ``forward`` may apply one: outside nn.Sequential.
+        module_symmetry: the symmetry ("sign", "scale" or "permutation") of the user's own activation classes.
+
+    Returns:
+        A `GraphBatch`. Deterministic; gradients flow to the modules' parameters.
+
+    Raises:
+        TypeError, ValueError: an empty list; an entry that is no module; a module that is no such stack (the message
+            names the child and what is supported); parameters of several dtypes or devices; layers that do not fit.
+    """
+    _check_list("modules", modules)
+    between = None if activation is None else _kinds("activation", activation)
+    own = {cls: _kinds(f"module_symmetry[{cls.__name__}]", kind) for cls, kind in (module_symmetry or {}).items()}
+    networks, hidden = [], []
+    for index, module in enumerate(modules):
+        label = f"modules[{index}]"
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{label} must be a torch.nn.Module, got {type(module).__name__}")
+        items: list[_Item] = []
+        _read(module, label, (), own, items)
+        layers = [k for k, item in enumerate(items) if item.weight is not None]
+        if not layers:
+            raise ValueError(f"{label} must hold at least one Linear or Conv2d, got {type(module).__name__}")
+        weights, biases = [items[k].weight for k in layers], [items[k].bias for k in layers]
+        networks.append(_Network("", [items[k].path for k in layers], weights, biases))
+        hidden.append([_kinds_between(items[a : b + 1], between) for a, b in itertools.pairwise(layers)])
+    symmetry, masks = _symmetry_of(networks, hidden)
+    batch = _build(networks, input_value=input_value, masks=masks, kernel_size=kernel_size, linear_tap=linear_tap)
+    batch.symmetry = symmetry
+    return batch
+
+
+def _kinds(name: str, kind: str) -> frozenset[str]:
+    if kind not in _KINDS:
+        raise ValueError(f"{name} must be one of {', '.join(_KINDS)}, got {kind!r}")
+    return _KINDS[kind]
+
+
+def _read(module: nn.Module, path: str, containers, own, items: list[_Item]) -> None:
+    """Append the items of ``module`` in the order in which they run."""
+    cls = type(module).__name__
+
+    def unsupported(problem: str) -> ValueError:
+        return ValueError(f"{path} is a {cls} {problem}; supported are {_SUPPORTED}")
+
+    def add(**values) -> None:
+        items.append(_Item(path, cls, containers, **values))
+
+    if isinstance(module, (*own,)):
+        add(kinds=next(kinds for base, kinds in own.items() if isinstance(module, base)))
+    elif isinstance(module, nn.Linear | nn.Conv2d):
+        if nn.parameter.is_lazy(module.weight):
+            raise unsupported("that has no parameters before its first call")
+        if isinstance(module, nn.Conv2d) and module.groups != 1:
+            raise unsupported(f"with groups={module.groups}, and only groups=1 joins every two channels")
+        add(weight=module.weight, bias=module.bias)
+    elif (known := _known_kinds(module, unsupported)) is not None:
+        add(kinds=known, activates=not isinstance(module, _PASSIVE))
+    elif _is_sine(module) and _read_sine(module, path, containers, own, items):
+        return
+    elif any(parameter is not None for parameter in module._parameters.values()):
+        raise unsupported(f"with the parameters {[k for k, v in module._parameters.items() if v is not None]}")
+    elif module._modules or isinstance(module, nn.Sequential):
+        in_order = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+        for name, child in module._modules.items():  # children() would leave out a module that occurs twice
+            if child is not None:
+                _read(child, f"{path}.{name}", (*containers, (path, in_order)), own, items)
+    else:
+        add()
+
+
+def _known_kinds(module: nn.Module, unsupported) -> frozenset[str] | None:
+    if isinstance(module, nn.PReLU) and module.num_parameters != 1:
+        raise unsupported(f"with num_parameters={module.num_parameters}: slopes per neuron are no part of the graph")
+    if isinstance(module, nn.Flatten) and (module.start_dim not in (1, -3) or module.end_dim not in (-1, 3)):
+        raise unsupported(
+            f"of dimensions {module.start_dim} to {module.end_dim}, and only 1 to -1 keeps channels together"
+        )
+    if isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
+        return _KINDS["sign" if module.min_val == -module.max_val else "permutation"]
+    return next((kinds for base, kinds in _MODULE_KINDS.items() if isinstance(module, base)), None)
+
+
+def _is_sine(module: nn.Module) -> bool:
+    named = type(module).__name__ in ("Sine", "Siren", "SineLayer", "SirenLayer")
+    return named or any(hasattr(module, name) for name in ("w0", "omega_0"))
+
+
+def _read_sine(module: nn.Module, path: str, containers, own, items: list[_Item]) -> bool:
+    """A sine, alone or around one linear layer; False if the module is neither (such as a whole network of them)."""
+    cls = type(module).__name__
+    parameters = {name: value for name, value in module._parameters.items() if value is not None}
+    children = [(f"{path}.{name}", child) for name, child in module._modules.items() if child is not None]
+    layers = [child for _, child in children if isinstance(child, nn.Linear | nn.Conv2d)]
+    inside = (*containers, (path, True))
+    if "weight" in parameters and parameters.keys() <= {"weight", "bias"} and not layers:
+        items.append(_Item(path, cls, inside, weight=parameters["weight"], bias=parameters.get("bias")))
+    elif parameters or len(layers) > 1 or (children and not layers):
+        return False
+    for name, child in children:
+        _read(child, name, inside, own, items)
+    if len(children) == len(layers):
+        items.append(_Item(path, cls, containers, kinds=_KINDS["sign"]))
+    return True
+
+
+def _kinds_between(items: list[_Item], between: frozenset[str] | None) -> frozenset[str]:
+    """The symmetries of the neurons between two layers, the first and the last of ``items``."""
+    first, *middle, last = items
+    kinds = _BOTH
+    for item in middle:
+        if item.kinds is None:
+            raise ValueError(f"{item.path} is a {item.cls}, whose symmetry is unknown; supported are {_SUPPORTED}")
+        kinds &= item.kinds
+    shared = sum(a == b for a, b in zip(first.containers, last.containers, strict=False))
+    around = first.containers[shared - 1 :] + last.containers[shared - 1 :]
+    if any(item.activates for item in middle) or all(in_order for _, in_order in around):
+        return kinds
+    if between is None:
+        raise ValueError(
+            f"activation must say what forward applies between {first.path} and {last.path} ({', '.join(_KINDS)}): "
+            "no activation module stands there, got None"
+        )
+    return kinds & between
+
+
+def _symmetry_of(networks: list[_Network], hidden: list[list[frozenset[str]]]) -> tuple[str, list[Tensor] | None]:
+    """(symmetry of the batch, bool [neurons] per network: True for sign) from the symmetries of each hidden layer."""
+    found = set(itertools.chain.from_iterable(hidden))
+    if frozenset() in found:
+        return "permutation", None
+    linear_is_sign = _KINDS["sign"] in found and _KINDS["scale"] not in found
+    masks = []
+    for network, layers in zip(networks, hidden, strict=True):
+        signs = [kinds == _KINDS["sign"] or (kinds == _BOTH and linear_is_sign) for kinds in layers] or [linear_is_sign]
+        values = torch.tensor([signs[0], *signs, signs[-1]] if layers else signs * 2)
+        masks.append(values.repeat_interleave(torch.tensor(_layout(network))).to(network.weights[0].device))
+    joined = torch.cat([mask.cpu() for mask in masks])
+    return "sign" if joined.all() else "hetero" if joined.any() else "scale", masks
+
+
+# -- PyG batches -----------------------------------------------------------------------------------------------------
+
+
+def from_pyg(batch: Any) -> GraphBatch:
+    """Batch of the original implementation's PyG ``Batch`` or single ``Data``, or any object with their attributes.
+
+    Read are ``x`` [N, d_v], ``edge_index`` [2, E], ``edge_attr`` [E, d_e], and where present ``batch`` [N] or ``ptr``
+    [B + 1] (graph of each node) and ``sign_mask`` (bool per graph). Where present, ``mask_hidden``,
+    ``mask_first_layer`` (bool [N] or [N, 1]) and ``bw_edge_index`` must agree with the graph's structure. The rest is
+    not read: types of nodes and edges and reciprocal features of backward edges are the model's.
+
+    Returns:
+        A `GraphBatch`; graphs keep their numbers, rows are brought into plan order. Deterministic; differentiable in
+        ``x`` and ``edge_attr``.
+
+    Raises:
+        TypeError, ValueError: an attribute that is missing, of a wrong type or shape, or at odds with the structure;
+            what `GraphPlan.from_edges` rejects, such as a cycle.
+    """
+    found = {name: getattr(batch, name, None) for name in ("x", "edge_index", "edge_attr")}
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.ndim != 2:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"batch.{name} must be a tensor of 2 dimensions, got {got}")
+    x, edge_index = found["x"], found["edge_index"]
+    graph = _pyg_graphs(batch, x.shape[0])
+    backward = getattr(batch, "bw_edge_index", None)
+    if backward is not None and not torch.equal(backward, edge_index.flip(0)):
+        raise ValueError("batch.bw_edge_index must be edge_index with its rows swapped, got other edges")
+    mask = getattr(batch, "sign_mask", None)
+    if mask is not None:
+        mask = torch.as_tensor(mask, device=x.device).reshape(-1)
+    result = GraphBatch.from_edges(x, edge_index, found["edge_attr"], graph=graph, sign_mask=mask)
+    has_in, has_out = (torch.bincount(ends, minlength=x.shape[0]) > 0 for ends in (edge_index[1], edge_index[0]))
+    for name, marked, meaning in (
+        ("mask_hidden", has_in & has_out, "both incoming and outgoing edges"),
+        ("mask_first_layer", ~has_in, "no incoming edges"),
+    ):
+        value = getattr(batch, name, None)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape not in ((len(x),), (len(x), 1)):
+            raise ValueError(f"batch.{name} must be bool [{len(x)}] or [{len(x)}, 1], got {_described(value)}")
+        wrong = (value.reshape(-1) != marked).nonzero()
+        if wrong.numel():
+            node = int(wrong[0])
+            got = bool(value.reshape(-1)[node])
+            raise ValueError(f"batch.{name} must mark the nodes with {meaning}, got {got} for node {node}")
+    return result
+
+
+def _pyg_graphs(batch: Any, num_nodes: int) -> Tensor | None:
+    graph, ptr = getattr(batch, "batch", None), getattr(batch, "ptr", None)
+    if ptr is None:
+        return graph
+    counts = ptr.diff()
+    if int(ptr[0]) != 0 or int(ptr[-1]) != num_nodes or int(counts.min()) < 1:
+        raise ValueError(f"batch.ptr must rise from 0 to the number of nodes, {num_nodes}, got {ptr.tolist()}")
+    expected = torch.repeat_interleave(torch.arange(counts.numel(), device=ptr.device), counts)
+    if graph is not None and not torch.equal(graph, expected):
+        raise ValueError("batch.batch must number the nodes as batch.ptr does, got other graphs")
+    return expected
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
