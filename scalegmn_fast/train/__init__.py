@@ -3,10 +3,10 @@
 from .checkpoint import load_checkpoint
 from .config import load_config, validate_config
 from .optim import WarmupLRScheduler
-from .trainer import NonFiniteLoss, Trainer, build_model, evaluate_split, seed_everything
+from .trainer import NonFiniteLossError, Trainer, build_model, evaluate_split, seed_everything
 
 __all__ = [
-    "NonFiniteLoss",
+    "NonFiniteLossError",
     "Trainer",
     "WarmupLRScheduler",
     "build_model",

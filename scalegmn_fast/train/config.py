@@ -39,8 +39,8 @@ _SECTIONS: dict[str, set[str]] = {
     "optimization": _OPTIMIZATION,
     "optimization.scheduler_args": _SCHEDULER,
 }
-# Sections whose keys are checked elsewhere: by the model, by the optimiser's signature, or by W&B.
-_OPEN = ("scalegmn_args", "optimization.optimizer_args", "wandb_args", "wandb", "inr_model")
+# Sections whose keys are checked elsewhere: by the optimiser's signature, or by W&B; scalegmn_args by the model.
+_OPEN = ("optimization.optimizer_args", "wandb_args", "wandb", "inr_model")
 
 LOSSES = ("CrossEntropyLoss", "MSE", "BCE")
 PREDICTIONS = ("auto", "sigmoid", "identity")
@@ -215,19 +215,9 @@ def _unknown(key: str, section: str, known: Iterable[str], item: str | None = No
 def _check_key(node: dict, prefix: str, name: str, key: str) -> None:
     if name in node or name in _SECTIONS.get(prefix, ()):
         return
-    known = set(node) | _SECTIONS.get(prefix, set())
-    if prefix.split(".")[0] == "scalegmn_args":
-        from scalegmn_fast.models import published_config, published_names
-
-        for published in published_names():  # an option may be missing from this file and known to another
-            other = published_config(published)
-            for part in prefix.split("."):
-                other = other.get(part) or {}
-            known |= set(other)
-    elif prefix in _OPEN:
+    if prefix.split(".")[0] == "scalegmn_args" or prefix in _OPEN:
         return
-    if name not in known:
-        raise ValueError(_unknown(f"{prefix}.{name}" if prefix else name, prefix, known, item=key))
+    raise ValueError(_unknown(_name(prefix, name), prefix, set(node) | _SECTIONS.get(prefix, set()), item=key))
 
 
 def _number(value, key: str):

@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains; 0 when finished, 130 when interrupted (everything saved), 1 when the loss became NaN."""
     from .config import apply_overrides, load_config, validate_config
-    from .trainer import NonFiniteLoss, Trainer
+    from .trainer import NonFiniteLossError, Trainer
 
     overrides = list(args.overrides)
     for key, value in (("train_args.num_epochs", args.epochs), ("batch_size", args.batch_size),
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"resumed    after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps_per_epoch} in the next")
     try:
         result = trainer.fit()
-    except NonFiniteLoss as e:
+    except NonFiniteLossError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     _report(result, trainer)

@@ -29,7 +29,7 @@ from .loggers import TensorBoardLogger, WandbLogger
 from .optim import build_optimizer, build_scheduler
 from .tasks import make_task
 
-__all__ = ["NonFiniteLoss", "Trainer", "batches", "build_model", "deterministic", "evaluate_split", "seed_everything"]
+__all__ = ["NonFiniteLossError", "Trainer", "batches", "build_model", "deterministic", "evaluate_split", "seed_everything"]
 
 # What a run writes into its directory; only these are ever removed by overwrite=True.
 FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "confusion.png", "predictions.png")
@@ -37,7 +37,7 @@ FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "confusion.png", "p
 _MAY_CHANGE = ("train_args.num_epochs", "train_args.max_steps", "train_args.patience", "wandb", "wandb_args")
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLossError(ArithmeticError):
     """The training loss became NaN or infinite; the last checkpoint is from before that."""
 
 
@@ -267,7 +267,7 @@ class Trainer:
         """Trains to the end, or until SIGINT or SIGTERM; returns what ``metrics.json`` then holds.
 
         After a signal ``stopped`` is ``"interrupted"``, ``last.pt`` holds the step after which it came, and nothing is
-        lost; a second signal ends at once. Raises NonFiniteLoss where the loss is NaN or infinite.
+        lost; a second signal ends at once. Raises NonFiniteLossError where the loss is NaN or infinite.
         """
         self._signal = None
         self._started = time.perf_counter() - self.seconds
@@ -297,7 +297,7 @@ class Trainer:
         """Writes a checkpoint of the present moment (default ``last.pt``)."""
         loss = float(self._sums["loss"])
         if not np.isfinite(loss):
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"the training loss is not finite in epoch {self.epoch + 1}, step {self.step} (learning rate "
                 f"{self.learning_rate:g}); {os.path.join(self.out, 'last.pt')} is from before that"
             )
@@ -446,7 +446,7 @@ class Trainer:
         if val is None:
             return False
         if not np.isfinite(val["loss"]):
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"the validation loss is not finite after epoch {self.epoch + 1} (learning rate "
                 f"{self.learning_rate:g}); {os.path.join(self.out, 'last.pt')} is from before that"
             )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import write_tiny
+from train_tiny import write_tiny
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_a_flipped_bit_is_found(path):
 def test_foreign_files(tmp_path):
     path = tmp_path / "f.pt"
     torch.save({"state_dict": {"w": torch.zeros(1)}}, path)
-    with pytest.raises(ValueError, match="not written by scalegmn_fast's trainer: it holds a dict with keys state_dict"):
+    with pytest.raises(ValueError, match="not written by .* trainer: it holds a dict with keys state_dict"):
         load_checkpoint(path)
     torch.save(torch.zeros(3), path)
     with pytest.raises(ValueError, match="not written by"):
@@ -101,7 +101,7 @@ def test_a_write_that_fails_leaves_the_old_file(path):
 
 def test_random_states_survive_a_file(tmp_path):
     def draw():
-        return [torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.randn(), random.random(), random.gauss(0, 1)]
+        return [torch.rand(3).tolist(), np.random.rand(), np.random.randn(), random.random(), random.gauss(0, 1)]
 
     np.random.randn()
     random.gauss(0, 1)  # leaves a cached second value in each generator
