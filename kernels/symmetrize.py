@@ -1,8 +1,8 @@
 """`symmetrize` on a GPU: sign and scale canonicalisation of rows, forward and backward, bound by memory.
 
-Kinds: act(LN(h + b)) + act(LN(-h + b)), |h|, and h / (||h||_2 + eps). A program owns a tile of rows and keeps whole rows
-in registers (columns padded to a power of two and masked): h is read once and nothing but the result is written. The
-backward pass recomputes what it needs from h.
+Kinds: act(LN(h + b)) + act(LN(-h + b)), |h|, and h / (||h||_2 + eps). A program owns a tile of rows and keeps whole
+rows in registers (columns padded to a power of two and masked): h is read once and nothing but the result is written.
+The backward pass recomputes what it needs from h.
 
 Deterministic. Gradients of the parameters: each program sums its rows, a second kernel sums the programs; both orders
 depend on the shape alone, not on the device.
@@ -19,15 +19,16 @@ from .tiles import (
     TILE,
     WARPS,
     accumulator_type,
+    launch_options,
     row_tile,
     standardize,
     standardize_backward,
 )
 
-# Programs that accumulate parameter gradients: several on each multiprocessor of the largest chip, few enough rows to sum.
+# Programs that accumulate parameter gradients: several per multiprocessor of the largest chip, few enough to sum up.
 PARTIAL_ROWS = 1024
-PARTIAL_TILE = {"BLOCK_ROWS": 64, "BLOCK_COLS": 16, "num_warps": WARPS}
-FLAT_TILE = {"BLOCK": TILE, "num_warps": WARPS}
+PARTIAL_TILE = {"BLOCK_ROWS": 64, "BLOCK_COLS": 16, **launch_options(WARPS)}
+FLAT_TILE = {"BLOCK": TILE, **launch_options(WARPS)}
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def _branch(x, mask, scale, shift, width, HAS_NORM: tl.constexpr, EPS: tl.conste
     return pre, normal, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def activation_forward_kernel(
     h, bias, norm_weight, norm_bias, out, rows, width,
     ACTIVATION: tl.constexpr, W0: tl.constexpr, EPS: tl.constexpr,
@@ -71,14 +72,14 @@ def activation_forward_kernel(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def activation_backward_kernel(
     grad, h, bias, norm_weight, norm_bias, grad_h, partial, rows, width,
     ACTIVATION: tl.constexpr, W0: tl.constexpr, EPS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, ACC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """partial [programs, parameters, width]: this program's sums for bias (if any), norm_weight and norm_bias (if any)."""
+    """grad_h, and partial [programs, parameters, width]: sums for bias, norm_weight and norm_bias, as far as present."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     col = tl.arange(0, BLOCK_COLS)
@@ -141,7 +142,7 @@ def _sum_rows(partial, rows, stride, col, col_mask, BLOCK_ROWS: tl.constexpr, BL
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def parameter_gradient_kernel(
     partial, grad_bias, grad_norm_weight, grad_norm_bias, rows, width,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -181,14 +182,14 @@ def abs_backward_kernel(grad, h, grad_h, elements, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scaled_norm(value):
-    """Rows times a power of two that keeps their squares in float32's range, that factor, and the norm of the result."""
+    """Rows times a power of two that keeps their squares within float32, that factor, and the norms of the result."""
     largest = tl.max(tl.abs(value), 1)
     factor = tl.where(largest > 2.0**50, 2.0**-70, tl.where(largest < 2.0**-50, 2.0**90, 1.0)).to(value.dtype)
     scaled = value * factor[:, None]
     return scaled, factor, tl.sqrt(tl.sum(scaled * scaled, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def normalize_forward_kernel(
     h, out, rows, width,
     EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -202,7 +203,7 @@ def normalize_forward_kernel(
     tl.store(out + at, (scaled / divisor[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def normalize_backward_kernel(
     grad, h, grad_h, rows, width,
     EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -226,7 +227,7 @@ def normalize_backward_kernel(
 def _tile(width):
     if width > MAX_WIDTH:
         raise ValueError(
-            f"h: the triton backend keeps whole rows in registers, so their width must be at most {MAX_WIDTH}, got {width}"
+            f"h: expected at most {MAX_WIDTH} columns, the widest row the triton backend keeps in registers, got {width}"
         )
     return row_tile(width)
 
@@ -262,8 +263,8 @@ def symmetrize(h, bias, norm_weight, norm_bias, kind, activation, eps, w0):
 def symmetrize_backward(grad, h, bias, norm_weight, norm_bias, kind, activation, eps, w0):
     """Device implementation of the op `scalegmn_fast::symmetrize_backward`.
 
-    grad [R, d] contiguous, the rest as in `symmetrize`. Returns the gradients of h, bias, norm_weight and norm_bias, each
-    in its own dtype; an empty tensor of shape [0] for each that is None.
+    grad [R, d] contiguous, the rest as in `symmetrize`. Returns the gradients of h, bias, norm_weight and norm_bias,
+    each in its own dtype; an empty tensor of shape [0] for each that is None.
     """
     grad_h = torch.empty_like(h)
     parameters = (bias, norm_weight, norm_bias)

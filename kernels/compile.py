@@ -1,0 +1,203 @@
+"""Every kernel in every launch configuration, compiled ahead of time for named architectures. Needs no GPU.
+
+`builds()` lists what the launchers in this package can ask Triton for, as far as the choice changes the code in kind:
+kernel, tile, type, alignment, options. `compile_build` compiles one and reads registers, spills and shared memory out of
+the machine code.
+"""
+
+import dataclasses
+import itertools
+import re
+import subprocess
+import tempfile
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from scalegmn_fast.kernels import segment_reduce, symmetrize
+from scalegmn_fast.kernels.activations import ACTIVATIONS
+from scalegmn_fast.kernels.tiles import LAYER_NORM_EPS, MAX_WIDTH, MIN_COLS, row_tile
+
+# Shared memory that one block can have, in bytes.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ARCHITECTURES = tuple(SHARED_MEMORY)
+
+OPTIONS = ("num_warps", "enable_fp_fusion")
+INTEGERS = ("rows", "width", "elements", "segments", "steps")
+ALL_REDUCTIONS = "sum mean min max var std"
+# The type of each pointer that does not point to the op's own type.
+FIXED_TYPES = {"partial": "acc", "moments": "acc", "partial_at": "i32", "row_slots": "i64", "row_ptr": "i64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """One kernel with one set of compile-time constants.
+
+    aligned: width divisible by 16, so that rows start at 16-byte boundaries; else loads are one element wide.
+    """
+
+    kernel: str
+    variant: str
+    cols: int
+    dtype: str
+    aligned: bool
+    constants: tuple
+    index: str = "i32"
+
+    @property
+    def name(self):
+        alignment = "aligned" if self.aligned else "unaligned"
+        return f"{self.kernel}-{self.variant}-{self.cols}-{self.dtype}-{alignment}".replace("--", "-")
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What a block of compiled code needs. spills: bytes of stack per thread; shared: bytes per block."""
+
+    registers: int
+    spills: int
+    shared: int
+    warps: int
+
+
+def _build(kernel, variant, dtype, aligned, **constants):
+    cols = constants.get("BLOCK_COLS", constants.get("BLOCK"))
+    return Build(kernel, variant, cols, dtype, aligned, tuple(constants.items()))
+
+
+def _acc(dtype):
+    return tl.float64 if dtype == "fp64" else tl.float32
+
+
+def _activation(direction, activation, dtype, aligned, width, bias=True, norm=True):
+    parts = [activation] + ["bias"] * bias + ["norm"] * norm
+    return _build(
+        f"activation_{direction}_kernel", "+".join(parts), dtype, aligned,
+        ACTIVATION=activation, W0=30.0, EPS=LAYER_NORM_EPS, HAS_BIAS=bias, HAS_NORM=norm, ACC=_acc(dtype),
+        **row_tile(width),
+    )  # fmt: skip
+
+
+def _normalize(direction, dtype, aligned, width):
+    return _build(
+        f"normalize_{direction}_kernel", "", dtype, aligned, EPS=1e-10, ACC=_acc(dtype), **row_tile(width)
+    )
+
+
+def _segment(kernel, reduce, order, dtype, aligned, width):
+    constants = {"REDUCE": reduce, "HAS_ORDER": order, "ACC": _acc(dtype), **segment_reduce.segment_tile(width)}
+    if kernel != "chunks_kernel":
+        constants["EPS"] = 1e-5
+    if kernel != "backward_kernel":
+        constants["CHUNK"] = segment_reduce.CHUNK
+    if kernel in ("segments_kernel", "chunks_kernel"):
+        constants["UNROLL"] = segment_reduce.UNROLL
+    variant = ("all" if reduce == ALL_REDUCTIONS else reduce.replace(" ", "+")) + ("+order" if order else "")
+    return _build(kernel, variant, dtype, aligned, **constants)
+
+
+def _powers(first, last):
+    return [1 << k for k in range(first.bit_length() - 1, last.bit_length())]
+
+
+ROW_WIDTHS = _powers(MIN_COLS, MAX_WIDTH)
+SEGMENT_WIDTHS = _powers(MIN_COLS, segment_reduce.MAX_COLS)
+SEGMENT_KERNELS = ("segments_kernel", "chunks_kernel", "merge_kernel", "backward_kernel")
+
+
+def _flat(dtype, aligned):
+    for direction in ("forward", "backward"):
+        yield _build(f"abs_{direction}_kernel", "", dtype, aligned, **symmetrize.FLAT_TILE)
+
+
+def _parameter_gradient(dtype, aligned):
+    flags = {"HAS_BIAS": True, "HAS_NORM": True}
+    return _build("parameter_gradient_kernel", "", dtype, aligned, **flags, **symmetrize.PARTIAL_TILE)
+
+
+def configurations():
+    """Each kernel in each of its tiles once, in float32, with everything switched on: the most registers."""
+    for direction in ("forward", "backward"):
+        for width in ROW_WIDTHS:
+            yield _activation(direction, "silu", "fp32", True, width)
+            yield _normalize(direction, "fp32", True, width)
+    yield from _flat("fp32", True)
+    yield _parameter_gradient("fp32", True)
+    for kernel, width in itertools.product(SEGMENT_KERNELS, SEGMENT_WIDTHS):
+        yield _segment(kernel, ALL_REDUCTIONS, True, "fp32", True, width)
+
+
+def variants():
+    """The other types, alignments, activations and options, of every tile where they can change what it needs."""
+    for direction, width in itertools.product(("forward", "backward"), ROW_WIDTHS):
+        for dtype, aligned in (("fp32", False), ("bf16", True), ("bf16", False)):
+            yield _activation(direction, "silu", dtype, aligned, width)
+            yield _normalize(direction, dtype, aligned, width)
+    for direction in ("forward", "backward"):
+        for activation in ACTIVATIONS:
+            if activation != "silu":
+                yield _activation(direction, activation, "fp32", True, 128)
+        for bias, norm in ((False, False), (True, False), (False, True)):
+            yield _activation(direction, "silu", "fp32", True, 128, bias, norm)
+        for dtype in ("fp16", "fp64"):
+            yield _activation(direction, "silu", dtype, True, 128)
+            yield _normalize(direction, dtype, True, 128)
+    for dtype in ("bf16", "fp16", "fp64"):
+        yield from _flat(dtype, True)
+        yield _parameter_gradient(dtype, True)
+    for kernel, width in itertools.product(SEGMENT_KERNELS, SEGMENT_WIDTHS):
+        for dtype, aligned in (("fp32", False), ("bf16", True)):
+            yield _segment(kernel, ALL_REDUCTIONS, True, dtype, aligned, width)
+    for kernel in SEGMENT_KERNELS:
+        for reduce, order in (("sum", False), ("mean", False), ("sum", True), ("max", False), ("mean var", False)):
+            yield _segment(kernel, reduce, order, "fp32", True, 128)
+        for dtype in ("fp16", "fp64"):
+            yield _segment(kernel, ALL_REDUCTIONS, True, dtype, True, 128)
+
+
+def _source(build):
+    module = symmetrize if hasattr(symmetrize, build.kernel) else segment_reduce
+    kernel = getattr(module, build.kernel)
+    constants = {name: value for name, value in build.constants if name not in OPTIONS}
+    signature, attributes = {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            continue
+        if name in INTEGERS:
+            signature[name] = "i32"
+            divisible = build.aligned and name in ("width", "elements")
+        else:
+            pointee = FIXED_TYPES.get(name, build.dtype)
+            if name in ("ptr", "order", "arg"):
+                pointee = build.index
+            elif pointee == "acc":
+                pointee = "fp64" if build.dtype == "fp64" else "fp32"
+            signature[name] = "*" + pointee
+            divisible = True
+        if divisible:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_build(build, architecture):
+    """Compiles a `Build` for compute capability `architecture` (80, 90, 100); returns its `Usage`."""
+    options = {name: value for name, value in build.constants if name in OPTIONS}
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(_source(build), target=target, options=options)
+    registers, stack = _resource_usage(compiled.asm["cubin"])
+    return Usage(registers, stack, compiled.metadata.shared, compiled.metadata.num_warps)
+
+
+def _resource_usage(cubin):
+    """Registers and bytes of stack per thread of the machine code in `cubin`, by Triton's own copy of cuobjdump."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
