@@ -21,6 +21,7 @@ from scalegmn_fast.testing import (
 )
 
 TOLERANCE = 1e-10
+pytestmark = pytest.mark.filterwarnings("ignore:not exactly equivariant")
 SYMMETRIES = ("sign", "scale", "hetero", "permutation")
 DIRECTIONS = ("forward", "bidirectional")
 HEADS = ("invariant", "equivariant")

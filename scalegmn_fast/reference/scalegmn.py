@@ -45,7 +45,8 @@ def scalegmn(
 
     Args:
         config: the model's arguments (``scalegmn_args`` with ``layer_layout``), in the original's keys, and optionally
-            ``bidirectional_edges`` (default "original") and ``canonical_eps`` (default 1e-10).
+            ``bidirectional_edges`` (default "original"), ``canonical_eps`` (default 1e-10) and ``exact_edge_encoding``
+            (default False).
         state: tensors by the original's parameter names, floating tensors of one dtype.
         weights: L tensors [B, n_in, n_out, d_e] or [B, n_in, n_out].
         biases: L tensors [B, n_out, 1] or [B, n_out].
@@ -54,7 +55,7 @@ def scalegmn(
             False where it is scale. Used by, and required for, ``symmetry: hetero``.
 
     Returns:
-        [B, d_out] for an invariant head; new (weights, biases) as lists of [B, n_in, n_out, 1] and [B, n_out, 1] for an
+        [B, d_out] for an invariant head; new (weights, biases) as lists of [B, n_in, n_out, d_e] and [B, n_out, 1] for an
         equivariant head.
 
     Raises:
@@ -177,6 +178,8 @@ class _Model:
             if self.gnn["sign_symmetrization"]:
                 return self.mlp(f"{name}.rho", x) + self.mlp(f"{name}.rho", -x)
             return x.abs()
+        if symmetry == "permutation":
+            return x
         # A zero row has direction 0 and no gradient; the inner `where` keeps NaN out of its derivatives.
         zero = (x == 0).all(-1, keepdim=True)
         norm = torch.where(zero, torch.ones_like(x), x).square().sum(-1, keepdim=True).sqrt()
@@ -332,7 +335,7 @@ class _Model:
         """All rounds of message passing: node features and (forward) edge features after the last."""
         source, target = self.graph.source, self.graph.target
         last = self.config["num_layers"] - 1
-        carried = self.bidirectional_edges == "carried" and self.symmetry != "permutation"
+        carried = self.bidirectional_edges == "carried"
 
         def shown(option: str, index: Tensor | None = None) -> Tensor | None:
             if not self.gnn[option] or p is None:
@@ -421,7 +424,7 @@ class _Model:
         x = torch.cat([biases[0].new_full((batch, layout[0], 1), input_value), *biases], 1)
         e = torch.cat([w.flatten(1, 2) for w in weights], 1)
         e_back = e
-        if self.bidirectional_edges == "reciprocal" and self.symmetry != "permutation":
+        if self.bidirectional_edges == "reciprocal":
             square = e.square().sum(-1, keepdim=True)
             zero = square == 0
             e_back = torch.where(zero, torch.zeros_like(e), e / torch.where(zero, torch.ones_like(square), square))
@@ -435,10 +438,12 @@ class _Model:
         if self.config["node_pos_embed"]:
             x, p = self.positional("positional_embeddings", x, graph.node_type, rows, on_nodes=True)
         if self.config["edge_pos_embed"]:
+            edge_rows = rows.at(graph.target)
+            if self.config.get("exact_edge_encoding", False):
+                edge_rows.hidden = graph.hidden[graph.source] | graph.hidden[graph.target]
+            name = "positional_embeddings_edge"
             e, e_back = (
-                self.positional(
-                    "positional_embeddings_edge", features, graph.edge_type, rows.at(graph.target), on_nodes=False
-                )[0]
+                self.positional(name, features, graph.edge_type, edge_rows, on_nodes=False)[0]
                 for features in (e, e_back)
             )
 

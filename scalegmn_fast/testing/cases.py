@@ -158,11 +158,11 @@ def random_config(
     if exact and symmetry in ("sign", "hetero"):
         aggregators.remove("max")
     edge_pos_embed = coin()
-    equiv_net = coin(0.3) and not (exact and edge_pos_embed)
+    equiv_net = coin(0.3)
     batch_norm = coin(0.2)
-    update_as_act = (
-        not bidirectional and not equivariant and (symmetry == "sign" or not exact) and symmetry != "permutation"
-    ) and coin(0.2)
+    update_as_act = (not bidirectional and (symmetry == "sign" or not exact) and symmetry != "permutation") and coin(
+        0.2
+    )
 
     config: dict[str, Any] = {
         "d_in_v": 1,
@@ -238,8 +238,9 @@ def random_config(
     else:
         config["readout_range"] = rng.choice(("last_layer", "full_graph"))
         config["readout_args"] = {"d_out": d if skip else rng.randint(1, 4), "d_rho": d}
-        if coin(0.3):
-            config["_max_kernel_height"], config["_max_kernel_width"] = 2, 3
+    if coin(0.3):
+        config["_max_kernel_height"], config["_max_kernel_width"] = 2, 3
+    config["exact_edge_encoding"] = exact or coin()
     if exact:
         config["canonical_eps"] = 0.0
         if bidirectional and symmetry in ("scale", "hetero"):
