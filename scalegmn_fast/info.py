@@ -67,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"scalegmn_fast {info['version']}, Python {info['python']}, torch {info['torch']}, triton {info['triton']}")
     if compiled["available"]:
         archs = ", ".join(compiled["cuda_archs"])
-        cuda = f"CUDA {compiled['cuda_toolkit']} for {archs}" if archs else "no CUDA (nvcc was not found)"
-        print(f"compiled module: {compiled['compiler']}, CPU kernels {compiled['cpu_isa']} of {compiled['cpu_isas']}, {cuda}")
+        cuda = f"CUDA {compiled['cuda_toolkit']} for {archs}" if archs else "no CUDA (built without nvcc)"
+        isas = f"CPU kernels for {', '.join(compiled['cpu_isas'])}, in use {compiled['cpu_isa']}"
+        print(f"compiled module: {compiled['compiler']}, {isas}; {cuda}")
     else:
         print(f"compiled module: not in use: {compiled['reason']}")
     for device, name in info["devices"].items():

@@ -46,7 +46,7 @@ class _Segments:
 
 
 def _masked_std(var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """sqrt(var) where var > eps, else 1 (so that derivatives stay finite), and where that holds (NaN counts as above)."""
+    """sqrt(var) where var > eps or NaN, else 1 (so that derivatives stay finite), and where that is."""
     above = ~(var <= eps)
     return torch.sqrt(torch.where(above, var, torch.ones_like(var))), above
 
