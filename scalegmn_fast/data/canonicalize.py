@@ -9,12 +9,13 @@ by
 
 Canonical representatives:
 
-- sine: w0 b in [0, pi / 2]. At the two ends two of them remain: with b = 0, (w, 0, v) and (-w, 0, -v); with w0 b = pi /
-  2, (w, b, v) and (-w, b, v). There the entry of w of the largest magnitude is positive (the first of equals), and
-  where w = 0, that of v. A phase closer to an end than a few roundings of it counts as the end, so that a network and
-  its shifted version, whose biases differ by rounding, do not land on opposite sides.
-- tanh: b > 0; with b = 0 the same rule for w, then for v.
-- relu, if asked for: the vector (w, b) has norm 1; where it is zero, v = 0.
+- sine: w0 b in [0, pi / 2]. At the two ends two of them remain: (w, 0, v) and (-w, 0, -v); (w, pi / 2 / w0, v) and
+  (-w, pi / 2 / w0, v). There the entry of w of the largest magnitude, the first of equals, is made positive. A phase
+  within 64 roundings (eps times its size, at least eps) of an end counts as the end, so that a network and its shifted
+  version, whose biases differ by rounding, do not land on opposite sides.
+- tanh: b > 0; with b = 0 the same rule for w.
+- relu, if asked for: the vector (w, b) has norm 1.
+- A neuron with w = 0 and b = 0 is constantly 0, whatever its outgoing weights are: they become 0.
 
 Layers are taken from the input to the output, so that a layer is canonical before the next one reads its signs.
 """
@@ -33,46 +34,48 @@ from .packed import PackedDataset, write_packed
 
 __all__ = ["canonicalize"]
 
-# A phase within this many roundings of the end of its range counts as the end.
-_ROUNDINGS = 8.0
+# A phase within this many roundings of the end of its range counts as the end; so does a norm that close to 1.
+_ROUNDINGS = 64.0
 _CHUNK = 4096
 
 
 def _leading_sign(rows: torch.Tensor) -> torch.Tensor:
-    """Sign [B, n] of the entry of largest magnitude of rows [B, n, k], the first of equals; 0 for zero rows."""
-    position = rows.abs().argmax(dim=2, keepdim=True)
-    return rows.gather(2, position).squeeze(2).sign()
+    """±1 [B, n]: the sign of the entry of largest magnitude of rows [B, n, k], the first of equals; 1 for zero rows."""
+    leading = rows.gather(2, rows.abs().argmax(dim=2, keepdim=True)).squeeze(2)
+    return torch.where(leading < 0, -1.0, 1.0).to(rows)
 
 
-def _tie_sign(incoming: torch.Tensor, outgoing: torch.Tensor) -> torch.Tensor:
-    """±1 [B, n] from the incoming weights [B, n, k], or where they are zero from the outgoing ones."""
-    sign = _leading_sign(incoming)
-    sign = torch.where(sign == 0, _leading_sign(outgoing), sign)
-    return torch.where(sign == 0, 1.0, sign)
-
-
-def _canonical_sine(
-    incoming: torch.Tensor, bias: torch.Tensor, outgoing: torch.Tensor, w0: float, eps: float
+def _sine_factors(
+    incoming: torch.Tensor, bias: torch.Tensor, w0: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Signs for incoming weights and for outgoing weights [B, n], and the new biases [B, n]."""
+    """Factors of the incoming and of the outgoing weights, and the new biases: [B, n] each."""
     phase = w0 * bias
     half_turns = torch.round(phase / math.pi)
     rest = phase - half_turns * math.pi
-    tolerance = _ROUNDINGS * eps * phase.abs().clamp_min(1.0)
-    at_zero = rest.abs() <= tolerance
-    at_end = math.pi / 2 - rest.abs() <= tolerance
-    # (w, b + k pi / w0, v) is (w, b, (-1)^k v); then b < 0 is turned by the sign symmetry.
+    # (w, b + k pi / w0, v) is (w, b, (-1)^k v); a negative b is then turned by the sign symmetry.
     parity = 1.0 - 2.0 * torch.remainder(half_turns, 2.0)
-    flip = torch.where(rest < 0, -1.0, 1.0).to(bias)
-    turned = bias * flip
-    bias_out = torch.where(half_turns == 0, turned, rest.abs() / w0)
-    bias_out = torch.where(at_zero, 0.0, torch.where(at_end, math.pi / 2 / w0, bias_out))
-    sign_in = flip
-    sign_out = flip * parity
-    tie = _tie_sign(incoming, outgoing * parity.unsqueeze(2))
-    sign_in = torch.where(at_zero | at_end, tie, sign_in)
-    sign_out = torch.where(at_zero, tie * parity, sign_out)
-    return sign_in, sign_out, bias_out
+    flip = torch.where(rest < 0, -1.0, 1.0).to(rest)
+    reduced = torch.where(half_turns == 0, bias.abs(), rest.abs() / w0)
+    # Judged by what will be stored, so that a second pass comes to the same conclusion.
+    stored = w0 * reduced.to(dtype).double()
+    tolerance = _ROUNDINGS * torch.finfo(dtype).eps * phase.abs().clamp_min(1.0)
+    at_zero = stored <= tolerance
+    at_end = math.pi / 2 - stored <= tolerance
+    new_bias = torch.where(at_zero, 0.0, torch.where(at_end, math.pi / 2 / w0, reduced))
+    tie = _leading_sign(incoming)
+    factor_in = torch.where(at_zero | at_end, tie, flip)
+    factor_out = parity * torch.where(at_zero, tie, flip)
+    return factor_in, factor_out, new_bias
+
+
+def _relu_factors(
+    incoming: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`_sine_factors`."""
+    norm = torch.cat([incoming, bias.unsqueeze(2)], dim=2).norm(dim=2)
+    # A norm that is 1 to rounding is left alone, so that a second pass changes no bit.
+    norm = torch.where(((norm - 1.0).abs() <= _ROUNDINGS * torch.finfo(dtype).eps) | (norm == 0), 1.0, norm)
+    return 1.0 / norm, norm, bias / norm
 
 
 def canonicalize(
@@ -107,7 +110,7 @@ def canonicalize(
             raise ValueError(
                 f"layer {layer}: expected weights [B, n_in, n_out(, d_e)] and biases [B, n_out(, 1)], got {shapes}"
             )
-        if bias.reshape(len(bias), -1).shape != (weight.shape[0], weight.shape[2]):
+        if tuple(bias.shape) not in ((len(weight), weight.shape[2]), (len(weight), weight.shape[2], 1)):
             raise ValueError(f"biases[{layer}]: shape {list(bias.shape)} does not fit weights {list(weight.shape)}")
         if layer and weight.shape[:2] != (weights[0].shape[0], weights[layer - 1].shape[2]):
             raise ValueError(
@@ -120,26 +123,19 @@ def canonicalize(
                 raise ValueError(f"{name}[{layer}] holds NaN or Inf")
     hidden = len(weights) - 1
     scales = layer_w0(w0, hidden) if activation == "sine" and hidden else [1.0] * hidden
-    new_weights = [w.double().reshape(*w.shape[:3], -1) for w in weights]
-    new_biases = [b.double().reshape(len(b), -1) for b in biases]
+    new_weights = [w.double().unsqueeze(-1) if w.ndim == 3 else w.double() for w in weights]
+    new_biases = [b.double().squeeze(-1) if b.ndim == 3 else b.double() for b in biases]
     for layer in range(hidden):
-        eps = torch.finfo(biases[layer].dtype).eps
-        bias = new_biases[layer]
+        bias, dtype = new_biases[layer], biases[layer].dtype
         incoming = new_weights[layer].transpose(1, 2).flatten(2)
-        outgoing = new_weights[layer + 1].flatten(2)
-        if activation == "relu":
-            norm = torch.cat([incoming, bias.unsqueeze(2)], dim=2).norm(dim=2)
-            # A norm that is 1 to rounding is left alone, so that a second pass changes no bit.
-            norm = torch.where((norm - 1.0).abs() <= _ROUNDINGS * eps, 1.0, norm)
-            factor_in = torch.where(norm > 0, 1.0 / norm, 1.0)
-            factor_out = norm
-            bias = bias * factor_in
-        elif activation == "tanh":
-            factor_in = torch.where(bias == 0, _tie_sign(incoming, outgoing), bias.sign())
-            factor_out = factor_in
-            bias = bias * factor_in
+        if activation == "sine":
+            factor_in, factor_out, bias = _sine_factors(incoming, bias, scales[layer], dtype)
+        elif activation == "relu":
+            factor_in, factor_out, bias = _relu_factors(incoming, bias, dtype)
         else:
-            factor_in, factor_out, bias = _canonical_sine(incoming, bias, outgoing, scales[layer], eps)
+            factor_in = factor_out = torch.where(bias == 0, _leading_sign(incoming), bias.sign())
+            bias = bias.abs()
+        factor_out = torch.where((incoming == 0).all(2) & (bias == 0), 0.0, factor_out)
         # Adding 0 turns -0 into 0: equal networks get equal bits.
         new_biases[layer] = bias + 0.0
         new_weights[layer] = new_weights[layer] * factor_in[:, None, :, None] + 0.0

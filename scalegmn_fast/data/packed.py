@@ -104,7 +104,7 @@ def _map_safetensors(path: Path) -> tuple[dict[str, _Array], dict[str, str]]:
     if start + end != size:
         problem = "truncated" if start + end > size else "longer than its header says"
         raise ValueError(f"{path}: {problem}: {start + end} bytes expected, the file has {size}")
-    mapped = np.memmap(path, dtype=np.uint8, mode="c")
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
     arrays = {}
     for name, (dtype_name, shape, first, last) in entries.items():
         if dtype_name not in _SAFETENSORS_DTYPES:
@@ -124,7 +124,7 @@ def _map_npz(path: Path) -> tuple[dict[str, _Array], dict[str, str]]:
         raise ValueError(f"{path}: truncated, or not an .npz file: {error}") from error
     arrays: dict[str, _Array] = {}
     metadata: dict[str, str] = {}
-    mapped = np.memmap(path, dtype=np.uint8, mode="c")
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
     with archive:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
@@ -231,9 +231,9 @@ def _check_per_network(name: str, dtype: torch.dtype, shape: Sequence[int], n: i
 
 
 def _check_split_values(split: torch.Tensor, where: str) -> None:
-    wrong = (split >= len(SPLITS)).nonzero()
+    wrong = ((split < 0) | (split >= len(SPLITS))).nonzero()
     if len(wrong):
-        index = int(wrong[0])
+        index = int(wrong[0, 0])
         raise ValueError(
             f"{where}: split must be 0 (train), 1 (val) or 2 (test), got {int(split[index])} at network {index}"
         )
@@ -276,16 +276,16 @@ class PackedDataset:
             raise ValueError(f"{where}: packed format {metadata['version']}, this version reads {_VERSION}")
         self.metadata: dict[str, Any] = {k: v for k, v in metadata.items() if k not in _RESERVED_METADATA}
 
+        depth = max(1, *(sum(name.startswith(kind) for name in arrays) for kind in ("weights.", "biases.")))
+
         def layers(kind: str) -> list[_Array]:
-            found = {name: array for name, array in arrays.items() if name.startswith(kind + ".")}
-            expected = [f"{kind}.{layer}" for layer in range(len(found))]
-            missing = [name for name in expected if name not in found]
-            if missing or not found:
-                raise ValueError(f"{where}: not a packed dataset: it lacks {(missing or [kind + '.0'])[0]}")
-            for name, array in found.items():
-                if not array.dtype.is_floating_point:
-                    raise ValueError(f"{where}: {name} must hold floating-point numbers, got {array.dtype}")
-            return [found[name] for name in expected]
+            names = [f"{kind}.{layer}" for layer in range(depth)]
+            for name in names:
+                if name not in arrays:
+                    raise ValueError(f"{where}: not a packed dataset: it lacks {name}")
+                if not arrays[name].dtype.is_floating_point:
+                    raise ValueError(f"{where}: {name} must hold floating-point numbers, got {arrays[name].dtype}")
+            return [arrays[name] for name in names]
 
         self._weights, self._biases = layers("weights"), layers("biases")
         self.layout = _layout([w.shape for w in self._weights], [b.shape for b in self._biases], where)
@@ -410,7 +410,11 @@ def _as_tensor(name: str, value: Any) -> torch.Tensor:
 
 def _split_codes(splits: Any, n: int) -> torch.Tensor:
     if not isinstance(splits, Mapping):
-        return _as_tensor("splits", splits)
+        codes = _as_tensor("splits", splits)
+        if codes.dtype not in (torch.int16, torch.int32, torch.int64):
+            return codes
+        _check_split_values(codes, "splits")
+        return codes.to(torch.uint8)
     codes = torch.full((n,), 255, dtype=torch.uint8)
     for name, indices in splits.items():
         if name not in SPLITS:
@@ -473,8 +477,6 @@ def write_packed(
     label = _as_tensor("labels", labels)
     arrays["label"] = label.to(torch.float32 if label.is_floating_point() else torch.int64)
     codes = _split_codes(splits, n)
-    if codes.dtype != torch.uint8 and codes.numel() and 0 <= int(codes.min()) and int(codes.max()) < 256:
-        codes = codes.to(torch.uint8)
     arrays["split"] = codes
     if sign_mask is not None:
         arrays["sign_mask"] = _as_tensor("sign_mask", sign_mask)
