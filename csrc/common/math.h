@@ -77,9 +77,10 @@ SCALEGMN_HD float exponential_minus_1(float x) {
   return p * scale + (scale - 1.f);
 }
 
+// Exactly odd.
 SCALEGMN_HD float hyperbolic_tangent(float x) {
-  const float e = exponential_minus_1(2.f * clamp(x, -10.f, 10.f));
-  return e / (e + 2.f);
+  const float e = exponential_minus_1(2.f * clamp(magnitude(x), 0.f, 10.f));
+  return from_bits(to_bits(e / (e + 2.f)) ^ (to_bits(x) & 0x80000000u));
 }
 
 // Quadrant q and remainder r of x = q pi/2 + r in double, so that products of large w0 and x keep their phase: exact to

@@ -98,8 +98,7 @@ void activation_backward(const A* grad, const A* h, A* grad_h, A* sums, A* scrat
   }
   const Spread<A> s = spread(h, p);
   A *grad_plus = scratch, *grad_minus = scratch + width;
-  A plus_sum = 0, minus_sum = 0, plus_product = 0, minus_product = 0;
-#pragma omp simd reduction(+ : plus_sum, minus_sum, plus_product, minus_product)
+#pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
     const A x = h[i] - s.mean;
     const A plus = (p.bias[i] + x) * s.rstd_plus, minus = (p.bias[i] - x) * s.rstd_minus;
@@ -109,10 +108,16 @@ void activation_backward(const A* grad, const A* h, A* grad_h, A* sums, A* scrat
     shift_sum[i] += g_plus + g_minus;
     grad_plus[i] = g_plus * p.weight[i];
     grad_minus[i] = g_minus * p.weight[i];
+  }
+  // apart from the loop above, which compilers do not vectorise with reductions in it
+  A plus_sum = 0, minus_sum = 0, plus_product = 0, minus_product = 0;
+#pragma omp simd reduction(+ : plus_sum, minus_sum, plus_product, minus_product)
+  for (int64_t i = 0; i < width; ++i) {
+    const A x = h[i] - s.mean;
     plus_sum += grad_plus[i];
     minus_sum += grad_minus[i];
-    plus_product += grad_plus[i] * plus;
-    minus_product += grad_minus[i] * minus;
+    plus_product += grad_plus[i] * ((p.bias[i] + x) * s.rstd_plus);
+    minus_product += grad_minus[i] * ((p.bias[i] - x) * s.rstd_minus);
   }
   const A n = A(width);
   plus_sum /= n, minus_sum /= n, plus_product /= n, minus_product /= n;
