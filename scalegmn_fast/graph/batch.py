@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .plan import GraphPlan, merge_slices
 
 SYMMETRIES = ("sign", "scale", "hetero", "permutation")
+SPLITS = ("nodes", "edges", "reversed", "reversed_senders")
 
 
 class RowSplit:
@@ -57,7 +59,8 @@ class GraphBatch:
         symmetry: the symmetry that all networks of the batch have, "sign", "scale", "hetero" or "permutation"; None if
             their activations are not known (only `from_modules` can read them).
 
-    Gradients flow from the features back to the tensors they were built from.
+    Gradients flow from the features back to the tensors they were built from. Pickles hold nothing that is derived. A
+    pytree of its tensors over the plan: `torch.export` of a model makes a program for batches of that plan.
     """
 
     def __init__(
@@ -359,7 +362,7 @@ class GraphBatch:
             symmetry=self.symmetry,
         )
         if self.sign_mask is not None and self.device.type == "cpu" and device.type != "cpu":
-            for rows in ("nodes", "edges", "reversed"):
+            for rows in SPLITS:
                 self.sign_split(rows)
         moved._splits = {rows: split.to(device, non_blocking=non_blocking) for rows, split in self._splits.items()}
         return moved
@@ -378,12 +381,17 @@ class GraphBatch:
     # -- partition of a hetero batch ---------------------------------------------------------------------------------
 
     def sign_split(self, rows: str) -> RowSplit:
-        """Partition by the sign mask of ``"nodes"``, of forward messages (``"edges"``, by target) or of backward ones
-        (``"reversed"``, in ``source_order``, by source).
+        """Partition by the sign mask, made once per batch.
+
+        Args:
+            rows: "nodes"; "edges", forward messages by their target; "reversed", backward messages in ``source_order``
+                by the weight's source, which receives them; "reversed_senders", the same by the weight's target.
 
         Raises:
-            ValueError: the batch has no sign mask.
+            ValueError: the batch has no sign mask; an unknown name.
         """
+        if rows not in SPLITS:
+            raise ValueError(f"rows must be one of {', '.join(SPLITS)}, got {rows!r}")
         if self.sign_mask is None:
             raise ValueError("sign_mask is needed to tell sign from scale neurons, got a batch without one")
         if rows not in self._splits:
@@ -490,3 +498,31 @@ def _plan_sign_mask(mask: Tensor | None, plan: GraphPlan, layout: tuple[int, ...
     if mask.shape == (count, sum(layout)):
         return torch.cat([piece.reshape(-1) for piece in reversed(mask.split(list(layout), dim=1))])
     raise ValueError(f"sign_mask must have shape [{count}] or [{count}, {sum(layout)}], got {list(mask.shape)}")
+
+
+def _flatten(batch: GraphBatch):
+    children = [batch.node_features, batch.edge_features, batch.sign_mask]
+    return children, (batch.plan, batch.symmetry)
+
+
+def _flatten_with_keys(batch: GraphBatch):
+    children, context = _flatten(batch)
+    keys = (pytree.GetAttrKey(name) for name in ("node_features", "edge_features", "sign_mask"))
+    return list(zip(keys, children, strict=True)), context
+
+
+def _unflatten(children, context) -> GraphBatch:
+    batch = object.__new__(GraphBatch)  # a pytree's leaves may be anything, so no checks
+    batch.node_features, batch.edge_features, batch.sign_mask = children
+    batch.plan, batch.symmetry = context
+    batch._splits = {}
+    return batch
+
+
+pytree.register_pytree_node(
+    GraphBatch,
+    _flatten,
+    _unflatten,
+    serialized_type_name="scalegmn_fast.graph.GraphBatch",
+    flatten_with_keys_fn=_flatten_with_keys,
+)

@@ -194,9 +194,12 @@ class GraphPlan:
         return self.index("target")[order], self.index("source")[order]
 
     def _cached(self, key, make, *args):
-        if key not in self._cache:
-            self._cache[key] = make(*args)
-        return self._cache[key]
+        if key in self._cache:
+            return self._cache[key]
+        value = make(*args)
+        if _is_real(value):
+            self._cache[key] = value
+        return value
 
     # -- moving and joining ------------------------------------------------------------------------------------------
 
@@ -300,6 +303,13 @@ class GraphPlan:
         return _dense_plan(_runs(self.parts)) if self._is_dense() else self.to("cpu")
 
 
+def _is_real(value: Any) -> bool:
+    """Whether a tensor, tuple of tensors or plan may outlive this call: not if a tracer stands in for tensors."""
+    if isinstance(value, GraphPlan):
+        value = value.source
+    return all(type(item) is Tensor for item in (value if isinstance(value, tuple) else (value,)) if item is not None)
+
+
 class _PlanCache:
     """Plans of layouts, the least recently used ones dropped beyond a number of plans or of their edges."""
 
@@ -316,6 +326,8 @@ class _PlanCache:
                 self.plans.move_to_end(key)
                 return plan
         plan = make(*key)
+        if not _is_real(plan):
+            return plan
         with self.lock:
             plan = self.plans.setdefault(key, plan)
             self.edges = sum(plan.num_edges for plan in self.plans.values())
