@@ -1,8 +1,7 @@
 """Every kernel in every launch configuration, compiled ahead of time for named architectures. Needs no GPU.
 
-`builds()` lists what the launchers in this package can ask Triton for, as far as the choice changes the code in kind:
-kernel, tile, type, alignment, options. `compile_build` compiles one and reads registers, spills and shared memory out of
-the machine code.
+`configurations` lists each kernel in each tile that the launchers of this package choose, `variants` the other types,
+alignments and options; `compile_build` compiles one of them and reads what it needs out of the machine code.
 """
 
 import dataclasses
@@ -16,9 +15,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from scalegmn_fast.kernels import segment_reduce, symmetrize
-from scalegmn_fast.kernels.activations import ACTIVATIONS
-from scalegmn_fast.kernels.tiles import LAYER_NORM_EPS, MAX_WIDTH, MIN_COLS, row_tile
+from . import segment_reduce, symmetrize
+from .activations import ACTIVATIONS
+from .tiles import LAYER_NORM_EPS, MAX_WIDTH, MIN_COLS, row_tile
 
 # Shared memory that one block can have, in bytes.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -81,9 +80,7 @@ def _activation(direction, activation, dtype, aligned, width, bias=True, norm=Tr
 
 
 def _normalize(direction, dtype, aligned, width):
-    return _build(
-        f"normalize_{direction}_kernel", "", dtype, aligned, EPS=1e-10, ACC=_acc(dtype), **row_tile(width)
-    )
+    return _build(f"normalize_{direction}_kernel", "", dtype, aligned, EPS=1e-10, ACC=_acc(dtype), **row_tile(width))
 
 
 def _segment(kernel, reduce, order, dtype, aligned, width):
@@ -109,7 +106,7 @@ SEGMENT_KERNELS = ("segments_kernel", "chunks_kernel", "merge_kernel", "backward
 
 def _flat(dtype, aligned):
     for direction in ("forward", "backward"):
-        yield _build(f"abs_{direction}_kernel", "", dtype, aligned, **symmetrize.FLAT_TILE)
+        yield _build(f"abs_{direction}_kernel", "", dtype, aligned, ACC=_acc(dtype), **symmetrize.FLAT_TILE)
 
 
 def _parameter_gradient(dtype, aligned):
@@ -132,7 +129,7 @@ def configurations():
 def variants():
     """The other types, alignments, activations and options, of every tile where they can change what it needs."""
     for direction, width in itertools.product(("forward", "backward"), ROW_WIDTHS):
-        for dtype, aligned in (("fp32", False), ("bf16", True), ("bf16", False)):
+        for dtype, aligned in (("fp32", False), ("bf16", True)):
             yield _activation(direction, "silu", dtype, aligned, width)
             yield _normalize(direction, dtype, aligned, width)
     for direction in ("forward", "backward"):
@@ -184,20 +181,18 @@ def _source(build):
 
 
 def compile_build(build, architecture):
-    """Compiles a `Build` for compute capability `architecture` (80, 90, 100); returns its `Usage`."""
+    """Triton's compiled kernel (its `asm` and `metadata`) for compute capability `architecture`: 80, 90 or 100."""
     options = {name: value for name, value in build.constants if name in OPTIONS}
-    target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(_source(build), target=target, options=options)
-    registers, stack = _resource_usage(compiled.asm["cubin"])
-    return Usage(registers, stack, compiled.metadata.shared, compiled.metadata.num_warps)
+    return triton.compile(_source(build), target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def _resource_usage(cubin):
-    """Registers and bytes of stack per thread of the machine code in `cubin`, by Triton's own copy of cuobjdump."""
+def usage(compiled):
+    """The `Usage` of a compiled kernel, read from its machine code by the cuobjdump that comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing))
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+    metadata = compiled.metadata
+    return Usage(found["REG"], found["STACK"] + found["LOCAL"], metadata.shared, metadata.num_warps)

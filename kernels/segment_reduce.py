@@ -19,7 +19,7 @@ import triton.language as tl
 from .tiles import MIN_COLS, TILE, WARPS, accumulator_type, launch_options, next_power_of_2
 
 CHUNK = 256
-UNROLL = 4
+UNROLL = 2
 MAX_COLS = 128
 
 

@@ -79,7 +79,7 @@ def activation_backward_kernel(
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, ACC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """grad_h, and partial [programs, parameters, width]: sums for bias, norm_weight and norm_bias, as far as present."""
+    """grad_h, and partial [programs, parameters, width]: sums for bias, norm_weight, norm_bias, as far as present."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     col = tl.arange(0, BLOCK_COLS)
@@ -164,18 +164,19 @@ def parameter_gradient_kernel(
 
 
 @triton.jit
-def abs_forward_kernel(h, out, elements, BLOCK: tl.constexpr):
+def abs_forward_kernel(h, out, elements, ACC: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < elements
-    tl.store(out + at, tl.abs(tl.load(h + at, mask=mask, other=0.0)), mask=mask)
+    value = tl.load(h + at, mask=mask, other=0.0).to(ACC)
+    tl.store(out + at, tl.abs(value).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def abs_backward_kernel(grad, h, grad_h, elements, BLOCK: tl.constexpr):
+def abs_backward_kernel(grad, h, grad_h, elements, ACC: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < elements
-    value = tl.load(h + at, mask=mask, other=0.0)
-    cotangent = tl.load(grad + at, mask=mask, other=0.0)
+    value = tl.load(h + at, mask=mask, other=0.0).to(ACC)
+    cotangent = tl.load(grad + at, mask=mask, other=0.0).to(ACC)
     result = tl.where(value > 0.0, cotangent, tl.where(value < 0.0, -cotangent, cotangent * 0.0))
     tl.store(grad_h + at, result.to(grad_h.dtype.element_ty), mask=mask)
 
@@ -227,7 +228,7 @@ def normalize_backward_kernel(
 def _tile(width):
     if width > MAX_WIDTH:
         raise ValueError(
-            f"h: expected at most {MAX_WIDTH} columns, the widest row the triton backend keeps in registers, got {width}"
+            f"h: expected at most {MAX_WIDTH} columns, the widest rows the triton backend has room for, got {width}"
         )
     return row_tile(width)
 
@@ -242,13 +243,13 @@ def symmetrize(h, bias, norm_weight, norm_bias, kind, activation, eps, w0):
     if h.numel() == 0:
         return out
     rows, width = h.shape
+    acc = accumulator_type(h.dtype)
     with torch.cuda.device_of(h):
         if kind == "abs":
-            abs_forward_kernel[(triton.cdiv(h.numel(), TILE),)](h, out, h.numel(), **FLAT_TILE)
+            abs_forward_kernel[(triton.cdiv(h.numel(), TILE),)](h, out, h.numel(), ACC=acc, **FLAT_TILE)
             return out
         tile = _tile(width)
         grid = (triton.cdiv(rows, tile["BLOCK_ROWS"]),)
-        acc = accumulator_type(h.dtype)
         if kind == "normalize":
             normalize_forward_kernel[grid](h, out, rows, width, EPS=eps, ACC=acc, **tile)
         else:
@@ -272,13 +273,13 @@ def symmetrize_backward(grad, h, bias, norm_weight, norm_bias, kind, activation,
         return grad_h, *(h.new_empty(0) if p is None else torch.zeros_like(p) for p in parameters)
     grads = tuple(h.new_empty(0) if p is None else torch.empty_like(p) for p in parameters)
     rows, width = h.shape
+    acc = accumulator_type(h.dtype)
     with torch.cuda.device_of(h):
         if kind == "abs":
-            abs_backward_kernel[(triton.cdiv(h.numel(), TILE),)](grad, h, grad_h, h.numel(), **FLAT_TILE)
+            abs_backward_kernel[(triton.cdiv(h.numel(), TILE),)](grad, h, grad_h, h.numel(), ACC=acc, **FLAT_TILE)
             return grad_h, *grads
         tile = _tile(width)
         programs = triton.cdiv(rows, tile["BLOCK_ROWS"])
-        acc = accumulator_type(h.dtype)
         if kind == "normalize":
             normalize_backward_kernel[(programs,)](grad, h, grad_h, rows, width, EPS=eps, ACC=acc, **tile)
             return grad_h, *grads

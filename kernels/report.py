@@ -1,0 +1,94 @@
+"""What every kernel needs on every architecture: registers, spills, shared memory. Needs no GPU.
+
+`python -m scalegmn_fast.kernels.report` prints the tables; `--output FILE` writes them to a file instead, as the page
+docs/kernels-aot.md was; `--jobs N` compiles N at a time.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+
+from .compile import ARCHITECTURES, SHARED_MEMORY, compile_build, configurations, usage, variants
+
+INTRODUCTION = """# Triton kernels, compiled ahead of time
+
+Written by `python -m scalegmn_fast.kernels.report --output docs/kernels-aot.md` with Triton {version}, without a GPU.
+Per thread: registers, then after a `+` the bytes of stack that spills take, if any; per block: bytes of shared memory
+(a block may have {limits}). One program is one block of `warps` x 32 threads. *aligned*: the width is divisible by 16,
+so that loads are 16 bytes wide; *unaligned*: any other width, loads are one element wide.
+
+## Every kernel in every tile
+
+Float32, aligned, with everything switched on (bias, norm; all six reductions through an order): the most registers.
+None of these spills; a test asserts it, and that each fits into the shared memory of each architecture.
+
+{configurations}
+## Other types, alignments and options
+
+{spilling} of {total} variants x architectures spill, {worst} bytes per thread at most: float64, wide rows whose width
+is not divisible by 16, `sine` (its range reduction), and a few that the assembler squeezes into fewer registers than it
+may use.
+
+{variants}"""
+
+
+def compile_all(builds, jobs):
+    """{(build, architecture): Usage} for all builds and architectures, compiled from scratch, `jobs` at a time."""
+    pairs = list(itertools.product(builds, ARCHITECTURES))
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            return dict(zip(pairs, pool.map(lambda pair: usage(compile_build(*pair)), pairs), strict=True))
+
+
+def table(builds, usages):
+    """A Markdown table: a row per build; registers (+ spills) and shared memory per architecture."""
+    columns = [f"sm_{a} {what}" for a in ARCHITECTURES for what in ("registers", "shared")]
+    lines = ["| kernel | variant | columns | type | width | warps | " + " | ".join(columns) + " |"]
+    lines.append("| --- " * (6 + len(columns)) + "|")
+    for build in builds:
+        row = [usages[build, a] for a in ARCHITECTURES]
+        cells = [build.kernel.removesuffix("_kernel"), build.variant, str(build.cols), build.dtype]
+        cells += ["aligned" if build.aligned else "unaligned", str(row[0].warps)]
+        for used in row:
+            cells += [f"{used.registers}" + (f" + {used.spills}" if used.spills else ""), str(used.shared)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page(jobs):
+    """The whole report as Markdown."""
+    main, others = list(configurations()), list(variants())
+    usages = compile_all(main + others, jobs)
+    spills = [usages[pair].spills for pair in itertools.product(others, ARCHITECTURES)]
+    return INTRODUCTION.format(
+        version=triton.__version__,
+        limits=", ".join(f"{limit // 1024} KB on sm_{a}" for a, limit in SHARED_MEMORY.items()),
+        configurations=table(main, usages),
+        spilling=sum(spill > 0 for spill in spills),
+        total=len(spills),
+        worst=max(spills),
+        variants=table(others, usages),
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m scalegmn_fast.kernels.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, help="write the page to this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="builds at a time (default: all cores)")
+    arguments = parser.parse_args()
+    text = page(arguments.jobs)
+    if arguments.output is None:
+        sys.stdout.write(text)
+    else:
+        arguments.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
