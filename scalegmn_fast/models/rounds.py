@@ -32,45 +32,58 @@ def _split(graph: GraphBatch, rows: str):
     return None if graph.sign_mask is None else graph.sign_split(rows)
 
 
-def forward_messages(graph: GraphBatch, receivers: int, pair_types: Types | None) -> Direction:
-    """Messages along the weights into the first ``receivers`` nodes; ``pair_types`` if edge features are factored by type."""
+def forward_messages(graph: GraphBatch, senders: int, receivers: int, pair_types: Types | None) -> Direction:
+    """Messages along the weights from the first ``senders`` nodes into the first ``receivers``.
+
+    ``pair_types`` if edge features are factored by type.
+    """
     plan = graph.plan
     edges = plan.edges_into(receivers)
     source, target = plan.index("source")[:edges], plan.index("target")[:edges]
     last = min(edges, plan.edges_into_class(LAST))
-    pairs = None
-    if pair_types is not None:
-        key = ("pairs", "forward", edges, pair_types)
-        pairs = plan._cached(key, _distinct_pairs, source, plan.edge_types(*pair_types)[:edges])
+    pairs = None if pair_types is None else _sender_types(graph, senders, edges, last, pair_types)
     classes = RowClasses(last, edges - last, 0, _split(graph, "edges"))
     return Direction(source, target, plan.target_ptr[: receivers + 1], None, classes, None, pairs)
 
 
-def backward_messages(graph: GraphBatch, only_first: bool, ordered: bool, pair_types: Types | None) -> Direction:
+def _sender_types(
+    graph: GraphBatch, senders: int, edges: int, into_last: int, types: Types
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that first-round messages are multiples of: (node, edge type) and the row of each edge.
+
+    Edges into hidden neurons have the type of their source, so a row per node serves them; edges into output neurons
+    have their target's type and a row each.
+    """
+    plan = graph.plan
+    source, edge_types = plan.index("source"), plan.edge_types(*types)
+    layer, position = plan.index("node_layer"), plan.index("node_position")
+    of_node = torch.where(layer == 0, position, types.num_first + layer - 1)
+    of_node = torch.where(layer < types.num_hidden_layers, of_node, 0)[:senders]
+    nodes = torch.arange(senders, device=plan.device)
+    rows = torch.arange(into_last, device=plan.device) + senders
+    return (
+        torch.cat([nodes, source[:into_last]]),
+        torch.cat([of_node, edge_types[:into_last]]),
+        torch.cat([rows, source[into_last:edges]]),
+    )
+
+
+def backward_messages(graph: GraphBatch, only_first: bool, ordered: bool) -> Direction:
     """Messages against the weights, into every node or into first-layer nodes only.
 
     Edge features stand in ``plan.source_order`` (``ordered``) or in plan order.
     """
     plan = graph.plan
     sender, receiver = plan.reversed_ends()
-    nodes = plan.num_nodes - plan.num_first if only_first else 0
-    start = plan.num_edges - plan.edges_from_first if only_first else 0
-    ptr = plan.source_ptr
-    if only_first:
-        ptr = plan._cached("first_ptr", lambda: plan.source_ptr[nodes:] - start)
-    pairs = None
-    if pair_types is not None:
-        types = plan.edge_types(*pair_types)[plan.index("source_order")]
-        pairs = plan._cached(("pairs", "backward", start, pair_types), _distinct_pairs, sender[start:], types[start:])
-    total = plan.num_edges - start
     first = plan.edges_from_first
+    start = plan.num_edges - first if only_first else 0
+    ptr = plan.source_ptr[plan.num_nodes - plan.num_first :] - start if only_first else plan.source_ptr
     order = None if ordered else plan.index("source_order")[start:]
-    senders = None
-    if graph.sign_mask is not None:
-        split = _split(graph, "reversed_senders")
-        senders = _Shifted(split, start) if start else split
-    classes = RowClasses(0, total - first, first, _split(graph, "reversed"), start)
-    return Direction(sender[start:], receiver[start:], ptr, order, classes, senders, pairs)
+    senders = _split(graph, "reversed_senders")
+    if senders is not None and start:
+        senders = _Shifted(senders, start)
+    classes = RowClasses(0, plan.num_edges - start - first, first, _split(graph, "reversed"), start)
+    return Direction(sender[start:], receiver[start:], ptr, order, classes, senders)
 
 
 class _Shifted(NamedTuple):
@@ -109,25 +122,15 @@ def ends_split(graph: GraphBatch):
     return None if split is None else _Ends(split, plan.num_last, plan.num_nodes - plan.num_first)
 
 
-def _distinct_pairs(node: Tensor, types: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    width = int(types.max()) + 1 if types.numel() else 1
-    pairs, index = torch.unique(node * width + types, return_inverse=True)
-    return pairs // width, pairs % width, index
-
-
 def rows_by_graph(graph: GraphBatch, hidden_only: bool) -> tuple[Tensor, Tensor]:
     """(order int64 [R], ptr int32 [B + 1]): rows (all nodes, or the hidden ones counted from 0) grouped by graph."""
     plan = graph.plan
-
-    def make():
-        owner = plan.index("node_graph")
-        if hidden_only:
-            owner = owner[plan.num_last : plan.num_last + plan.num_hidden]
-        counts = torch.bincount(owner, minlength=plan.num_graphs)
-        ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-        return torch.sort(owner, stable=True).indices, ptr
-
-    return plan._cached(("rows_by_graph", hidden_only), make)
+    owner = plan.index("node_graph")
+    if hidden_only:
+        owner = owner[plan.num_last : plan.num_last + plan.num_hidden]
+    grouped, order = torch.sort(owner, stable=True)
+    bounds = torch.arange(plan.num_graphs + 1, device=plan.device)
+    return order, torch.searchsorted(grouped, bounds, out_int32=True)
 
 
 def edge_encoding_classes(graph: GraphBatch, exact: bool) -> RowClasses:

@@ -28,7 +28,7 @@ from ..nn import (
     WorkPlan,
     set_work_plan,
 )
-from ..nn.rows import Rows, dense, narrow, take
+from ..nn.rows import Rows, narrow, take
 from ..nn.work import PlannedModule
 from .config import resolve
 from .rounds import (
@@ -57,6 +57,10 @@ class _Options:
         self.symmetrizes = gnn["sign_symmetrization"]
         self.layout = args["layer_layout"]
         self.types = Types(self.layout[0], len(self.layout) - 2)
+
+    def pair_types(self, e: Rows) -> Types | None:
+        """What numbers the (sender, type) pairs of factored edge features; None if they have one type or are dense."""
+        return self.types if isinstance(e, FactoredEdges) and e.types is not None else None
 
     def is_last(self, index: int) -> bool:
         return index == self.num_layers - 1
@@ -228,8 +232,7 @@ class ForwardGnn(_Gnn):
         for index, layer in enumerate(self.fw_layers):
             remaining = options.num_layers - 1 - index
             receivers = plan.live_nodes(remaining) if shrinks else plan.num_nodes
-            pair_types = options.types if isinstance(e, FactoredEdges) and e.types is not None else None
-            edges = forward_messages(graph, receivers, pair_types)
+            edges = forward_messages(graph, x.shape[0], receivers, options.pair_types(e))
             num_edges = edges.sender.shape[0]
             reads_p = options.gnn["pos_embed_msg"] and options.symmetry != "permutation"
             message_p = GatheredRows(p.table, p.index[edges.receiver]) if reads_p else None
@@ -290,11 +293,9 @@ class BidirectionalGnn(_Gnn):
         for index in range(options.num_layers):
             ends_only = self.reads_last_only and self.work.liveness and options.is_last(index)
             receivers = plan.num_last if ends_only else plan.num_nodes
-            along = forward_messages(graph, receivers, self._pair_types(e))
+            along = forward_messages(graph, x.shape[0], receivers, options.pair_types(e))
             against_features = e if carried else back
-            against = backward_messages(graph, ends_only, not carried, self._pair_types(against_features))
-            if carried and against.pairs is not None:
-                against_features, against = dense(against_features), against._replace(pairs=None)
+            against = backward_messages(graph, ends_only, ordered=not carried)
             if ends_only and not carried:
                 count = against.sender.shape[0]
                 against_features = narrow(back, plan.num_edges - count, count)
@@ -331,9 +332,6 @@ class BidirectionalGnn(_Gnn):
         last = self.project_last(x[: plan.num_last].reshape(graphs, -1))
         first = self.project_first(x[x.shape[0] - plan.num_first :].reshape(graphs, -1))
         return self.readout(torch.cat([last, first], dim=1))
-
-    def _pair_types(self, e: Rows) -> Types | None:
-        return self.options.types if isinstance(e, FactoredEdges) and e.types is not None else None
 
 
 class ScaleGMN(PlannedModule):

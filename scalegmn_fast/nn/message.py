@@ -28,8 +28,8 @@ class Direction(NamedTuple):
         order: int64 [M], row of each message's edge features, or None where they stand in message order.
         classes: class of each message's receiver, in message order.
         sender_split: for `CarriedMessage` and ``hetero``: `RowSplit` of the messages by the sender's sign mask.
-        pairs: (node int64 [P], type int64 [P], index int64 [M]), distinct (sender, edge type) pairs, for typed factored
-            edge features.
+        pairs: (node int64 [P], type int64 [P], index int64 [M]), the (sender, edge type) pair of each message, for
+            typed factored edge features; None writes those out.
     """
 
     sender: Tensor
@@ -50,7 +50,8 @@ class MessageProduct(PlannedModule):
 
     def product(self, x: Tensor, e: Rows, edges: Direction) -> Rows:
         """[M, d_hid]; with one number per layer-0 edge it stays that number times a row of its (sender, type) pair."""
-        if isinstance(e, FactoredEdges) and e.offsets is None and e.weights.shape[1] == 1:
+        paired = isinstance(e, FactoredEdges) and (e.types is None or edges.pairs is not None)
+        if paired and e.offsets is None and e.weights.shape[1] == 1:
             maps = (self.w_e.weight @ e.maps)[:, :, 0]
             weights = e.weights if edges.order is None else e.weights[edges.order]
             if e.types is None:
