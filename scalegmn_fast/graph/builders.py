@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -510,13 +511,14 @@ def _symmetry_of(networks: list[_Network], hidden: list[list[frozenset[str]]]) -
     if frozenset() in found:
         return "permutation", None
     linear_is_sign = _KINDS["sign"] in found and _KINDS["scale"] not in found
-    masks = []
+    masks, values = [], set()
     for network, layers in zip(networks, hidden, strict=True):
         signs = [kinds == _KINDS["sign"] or (kinds == _BOTH and linear_is_sign) for kinds in layers] or [linear_is_sign]
-        values = torch.tensor([signs[0], *signs, signs[-1]] if layers else signs * 2)
-        masks.append(values.repeat_interleave(torch.tensor(_layout(network))).to(network.weights[0].device))
-    joined = torch.cat([mask.cpu() for mask in masks])
-    return "sign" if joined.all() else "hetero" if joined.any() else "scale", masks
+        values.update(signs)
+        per_layer = [signs[0], *signs, signs[-1]] if layers else signs * 2
+        mask = torch.from_numpy(np.repeat(per_layer, _layout(network)))
+        masks.append(mask.to(network.weights[0].device))
+    return "hetero" if len(values) == 2 else "sign" if True in values else "scale", masks
 
 
 # -- PyG batches -----------------------------------------------------------------------------------------------------
