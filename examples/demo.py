@@ -99,7 +99,7 @@ def title(number: int, text: str) -> None:
 
 
 def symmetry_error(model, dataset: PackedDataset) -> tuple[float, int]:
-    """Largest relative change of the outputs when hidden neurons of test networks are shuffled and flipped; their number."""
+    """Largest relative change of the outputs when hidden neurons are shuffled and flipped, and of how many networks."""
     weights, biases = dataset.weights(dataset.split("test")[:100])
     generator = torch.Generator().manual_seed(0)
     element = random_group_element(

@@ -29,7 +29,7 @@ from .loggers import TensorBoardLogger, WandbLogger
 from .optim import build_optimizer, build_scheduler
 from .tasks import make_task
 
-__all__ = ["NonFiniteLossError", "Trainer", "batches", "build_model", "deterministic", "evaluate_split", "seed_everything"]
+__all__ = ["NonFiniteLossError", "Trainer", "build_model", "deterministic", "evaluate_split", "seed_everything"]
 
 # What a run writes into its directory; only these are ever removed by overwrite=True.
 FILES = ("last.pt", "best.pt", "metrics.json", "curves.png", "confusion.png", "predictions.png")
