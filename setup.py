@@ -56,7 +56,8 @@ class CMakeBuild(build_ext):
         if cuda == "1" and nvcc is None:
             raise SystemExit("SCALEGMN_FAST_CUDA=1: nvcc is neither on PATH nor in /usr/local/cuda/bin")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        # not setuptools' build_temp, which editable installs make anew each time: a second install compiles what changed
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{self.plat_name}-torch{torch.__version__}"
         arguments = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": tool("ninja"),

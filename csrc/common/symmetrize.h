@@ -29,11 +29,12 @@ struct SymmetrizeArgs {
   int64_t block_rows;  // rows of a block
 };
 
-// Blocks of rows whose parameter gradients are summed first: a function of the number of rows alone.
-constexpr int64_t symmetrize_max_blocks = 1024;
-inline int64_t symmetrize_block_rows(int64_t rows) {
-  const int64_t needed = (rows + symmetrize_max_blocks - 1) / symmetrize_max_blocks;
-  return needed < 32 ? 32 : needed;
+// Rows of the blocks whose parameter gradients are summed first: a function of the number of rows alone, such that a CPU
+// core has enough to do in a block, and a GPU enough blocks.
+inline int64_t symmetrize_block_rows(int64_t rows, bool gpu) {
+  const int64_t most_blocks = gpu ? 4096 : 1024, fewest_rows = gpu ? 8 : 32;
+  const int64_t needed = (rows + most_blocks - 1) / most_blocks;
+  return needed < fewest_rows ? fewest_rows : needed;
 }
 
 namespace SCALEGMN_ISA {

@@ -70,7 +70,7 @@ Call prepare(const at::Tensor& h, const std::optional<at::Tensor>& bias, const s
   args.eps = eps;
   args.w0 = w0;
   args.h = h.const_data_ptr();
-  args.block_rows = symmetrize_block_rows(args.rows);
+  args.block_rows = symmetrize_block_rows(args.rows, h.is_cuda());
   if (args.kind == Kind::activation && h.numel() > 0) {
     at::Tensor b = bias ? parameter(*bias, "bias", h) : at::zeros({args.width}, h.options().dtype(wide_of(h)));
     args.bias = call.keep(bias && norm_weight ? b.sub(b.mean()) : b);
