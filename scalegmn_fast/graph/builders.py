@@ -115,22 +115,26 @@ def from_state_dicts(
         KeyError: a name of ``names`` is not in a state dict.
     """
     _check_list("state_dicts", state_dicts)
-    networks = []
+    networks: list[_Network] = []
+    pairs: dict[tuple, list[tuple[str, str | None]]] = {}  # state dicts of equal names and shapes are read alike
     for index, state in enumerate(state_dicts):
         label = f"state_dicts[{index}]"
         if not isinstance(state, Mapping):
             raise TypeError(f"{label} must be a mapping of names to tensors, got {type(state).__name__}")
-        networks.append(_network_of_state(label, state, names))
+        networks.append(_network_of_state(label, state, names, pairs))
     masks = _split_sign_mask(sign_mask, networks)
     return _build(networks, input_value=input_value, masks=masks, kernel_size=kernel_size, linear_tap=linear_tap)
 
 
-def _network_of_state(label: str, state: Mapping[str, Tensor], names) -> _Network:
+def _network_of_state(label: str, state: Mapping[str, Tensor], names, known: dict) -> _Network:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{label}[{name!r}] must be a torch.Tensor, got {type(value).__name__}")
     if names is None:
-        pairs = _paired_names(label, state)
+        key = tuple((name, value.shape) for name, value in state.items())
+        if key not in known:
+            known[key] = _paired_names(label, state)
+        pairs = known[key]
     else:
         pairs = list(names)
         if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
