@@ -31,6 +31,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sine": lambda x, w0: torch.sin(w0 * x),
 }
 
+AGGREGATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "add": lambda messages: messages.sum(1),
+    "mean": lambda messages: messages.mean(1),
+    "max": lambda messages: messages.amax(1),
+}
+
 
 def scalegmn(
     config: Config,
@@ -138,7 +144,7 @@ class _Model:
         self.symmetry = _one_of(config, "symmetry", ("sign", "scale", "hetero", "permutation"))
         self.bidirectional = _one_of(config, "direction", ("forward", "bidirectional")) == "bidirectional"
         self.equivariant = bool(config["equivariant"])
-        self.aggregator = _one_of(self.gnn, "aggregator", ("add", "mean", "max"))
+        self.aggregator = _one_of(self.gnn, "aggregator", tuple(AGGREGATORS))
         self.eps = float(config.get("canonical_eps", 1e-10))
         self.bidirectional_edges = config.get("bidirectional_edges", "original")
         kinds = ("original", "reciprocal", "carried")
@@ -278,26 +284,19 @@ class _Model:
 
     def aggregate(self, messages: Tensor, receiver: Tensor) -> Tensor:
         """[B, edges, d] -> [B, nodes, d]; a node without edges gets 0."""
-        aggregated = []
-        for node in range(self.graph.num_nodes):
-            mine = messages[:, receiver == node]
-            if mine.shape[1] == 0:
-                aggregated.append(messages.new_zeros(messages.shape[0], messages.shape[2]))
-            elif self.aggregator == "add":
-                aggregated.append(mine.sum(1))
-            elif self.aggregator == "mean":
-                aggregated.append(mine.mean(1))
-            else:
-                aggregated.append(mine.amax(1))
-        return torch.stack(aggregated, 1)
+        by_receiver = messages.index_select(1, receiver.argsort(stable=True))
+        counts = torch.bincount(receiver, minlength=self.graph.num_nodes).tolist()
+        reduce = AGGREGATORS[self.aggregator]
+        nothing = messages.new_zeros(messages.shape[0], messages.shape[2])
+        return torch.stack([reduce(own) if own.shape[1] else nothing for own in by_receiver.split(counts, 1)], 1)
 
     def message_pass(
         self, name: str, x: Tensor, e: Tensor, source: Tensor, target: Tensor, rows: _Rows, p: Tensor | None
     ) -> Tensor:
         if self.symmetry == "permutation":
-            messages = self.mlp(f"{name}.message_fn.rho", torch.cat([e, x[:, source]], -1))
+            messages = self.mlp(f"{name}.message_fn.rho", torch.cat([e, x.index_select(1, source)], -1))
         else:
-            product = self.linear(f"{name}.w_e", e) * self.linear(f"{name}.w_v", x[:, source])
+            product = self.linear(f"{name}.w_e", e) * self.linear(f"{name}.w_v", x.index_select(1, source))
             messages = self.equivariant_net(f"{name}.message_fn", product, rows.at(target), p, self.block("msg"))
         return self.aggregate(messages, target)
 
@@ -308,9 +307,9 @@ class _Model:
 
         m = (w_e e) * (w_v x_source) scales like x_target, so the pair has the target's symmetry and g is invariant.
         """
-        product = self.linear(f"{name}.w_e", e) * self.linear(f"{name}.w_v", x[:, source])
-        gate = self.invariant(name, torch.cat([x[:, target], product], -1), rows.at(target), p)
-        return self.aggregate(self.linear(f"{name}.W", x[:, source]) * gate, source)
+        product = self.linear(f"{name}.w_e", e) * self.linear(f"{name}.w_v", x.index_select(1, source))
+        gate = self.invariant(name, torch.cat([x.index_select(1, target), product], -1), rows.at(target), p)
+        return self.aggregate(self.linear(f"{name}.W", x.index_select(1, source)) * gate, source)
 
     def node_update(self, name: str, x: Tensor, aggregated: list[Tensor], rows: _Rows, p: Tensor | None) -> Tensor:
         inputs = torch.cat([x, *aggregated], -1)
@@ -327,8 +326,8 @@ class _Model:
 
     def edge_update(self, name: str, x: Tensor, e: Tensor, source: Tensor, target: Tensor, rows: _Rows) -> Tensor:
         if self.symmetry == "permutation":
-            return self.mlp(f"{name}.phi", torch.cat([e, x[:, source], x[:, target]], -1))
-        ends = [self.invariant(name, x[:, end], rows.at(end), phi=False) for end in (source, target)]
+            return self.mlp(f"{name}.phi", torch.cat([e, x.index_select(1, source), x.index_select(1, target)], -1))
+        ends = [self.invariant(name, x.index_select(1, end), rows.at(end), phi=False) for end in (source, target)]
         return self.linear(f"{name}.W", e) * self.mlp(f"{name}.phi", torch.cat(ends, -1))
 
     def rounds(self, x: Tensor, e: Tensor, e_back: Tensor, rows: _Rows, p: Tensor | None) -> tuple[Tensor, Tensor]:
