@@ -246,7 +246,9 @@ class GraphPlan:
 
     @staticmethod
     def from_layout(layout: Sequence[int], num_graphs: int) -> GraphPlan:
-        """Plan of ``num_graphs`` networks with dense layers of the given sizes. Cached.
+        """Plan of ``num_graphs`` networks with dense layers of the given sizes.
+
+        Cached: the plans used last, at most 256 of them and together at most 2^22 edges.
 
         Raises:
             ValueError: a layout of fewer than two layers or with an empty layer; ``num_graphs`` below 1.
@@ -307,7 +309,8 @@ def _is_real(value: Any) -> bool:
     """Whether a tensor, tuple of tensors or plan may outlive this call: not if a tracer stands in for tensors."""
     if isinstance(value, GraphPlan):
         value = value.source
-    return all(type(item) is Tensor for item in (value if isinstance(value, tuple) else (value,)) if item is not None)
+    items = value if isinstance(value, tuple) else (value,)
+    return all(type(item) is Tensor for item in items if isinstance(item, Tensor))
 
 
 class _PlanCache:

@@ -250,6 +250,24 @@ def test_pin_memory_without_accelerator_says_so():
         GraphBatch.from_weights(*network()).pin_memory()
 
 
+@pytest.mark.gpu
+def test_moving_to_a_gpu_copies_the_plan_once_and_nothing_waits():
+    batch = GraphBatch.from_weights(*network(), sign_mask=torch.tensor([True, False, True]))
+    moved = batch.pin_memory().to("cuda", torch.float32, non_blocking=True)
+    again = batch.pin_memory().to("cuda:0", torch.float32, non_blocking=True)
+    assert moved.plan is again.plan
+    assert_same_batch(moved.to("cpu", torch.float64), batch.to(torch.float32).to(torch.float64))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for rows in SPLITS:
+            moved.sign_split(rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    joined = GraphBatch.cat([moved, again])
+    assert_same_batch(joined.to("cpu"), GraphBatch.cat([moved.to("cpu"), again.to("cpu")]))
+    assert pickle.loads(pickle.dumps(moved)).plan is batch.plan.to("cuda")
+
+
 def test_pickle_and_deepcopy_leave_caches_behind():
     batch = GraphBatch.from_weights(*network(), sign_mask=torch.tensor([True, False, True]))
     size = len(pickle.dumps(batch))
