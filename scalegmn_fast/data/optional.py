@@ -6,12 +6,8 @@ import importlib
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 
-_PACKAGE = {
-    "PIL": "pillow",
-    "PIL.Image": "pillow",
-    "sklearn.datasets": "scikit-learn",
-    "matplotlib.pyplot": "matplotlib",
-}
+# Packages whose name differs from the module's.
+_PACKAGE = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def require(module: str, purpose: str, extra: str = "train") -> ModuleType:
@@ -19,7 +15,8 @@ def require(module: str, purpose: str, extra: str = "train") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = _PACKAGE.get(module, module)
+        package = module.partition(".")[0]
+        package = _PACKAGE.get(package, package)
         message = f"{purpose} needs {package}: pip install {package}, or install scalegmn_fast[{extra}]"
         raise ImportError(message) from error
 

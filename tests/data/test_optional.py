@@ -13,7 +13,8 @@ import sys
 for name in ("tqdm", "matplotlib", "sklearn", "PIL", "safetensors", "yaml"):
     sys.modules[name] = None
 import torch
-from scalegmn_fast.data import FitSettings, PackedDataset, fit_inrs, load_images, plot_reconstructions, write_packed, ImageSet
+from scalegmn_fast.data import FitSettings, ImageSet, PackedDataset
+from scalegmn_fast.data import fit_inrs, load_images, plot_reconstructions, write_packed
 path = sys.argv[1]
 write_packed(path, [torch.ones(3, 2, 1)], [torch.ones(3, 1)], [0, 1, 2], {"train": [0, 1, 2]}, {})
 assert PackedDataset(path).weights([1])[0][0].shape == (1, 2, 1, 1)
@@ -26,7 +27,7 @@ for call, package in (
     try:
         call()
     except ImportError as error:
-        assert f"pip install {package}" in str(error) and "scalegmn_fast[train]" in str(error), error
+        assert f"pip install {package}," in str(error) and "scalegmn_fast[train]" in str(error), error
     else:
         raise AssertionError(package)
 fit_inrs(images, path + ".fit", FitSettings(steps=1), show_progress=False)
