@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .files import atomic_write
 from .images import ImageSet, load_images
 from .inr import ACTIVATIONS, coordinates, layer_w0, plot_reconstructions
 from .optional import progress
@@ -257,9 +258,8 @@ class _WorkFile:
     A record that was cut short does not pass its checksum and is computed again.
     """
 
-    def __init__(self, path: Path, identity: dict[str, object], chunks: int, record_floats: int):
+    def __init__(self, path: Path, identity: dict[str, object], record_floats: int):
         self.path = path
-        self.chunks = chunks
         self._record = _RECORD_HEADER + 4 * record_floats
         header = json.dumps(identity, sort_keys=True).encode()
         if len(header) >= _WORK_HEADER:
@@ -273,9 +273,10 @@ class _WorkFile:
                     f"{path} is the work file of another run{self._difference(found, identity)}; "
                     "delete it, or finish that run"
                 )
-        self._file = open(path, "r+b" if path.exists() else "w+b")
-        self._file.write(header)
-        self._file.flush()
+        else:
+            with atomic_write(path) as handle:
+                handle.write(header)
+        self._file = open(path, "r+b")
 
     @staticmethod
     def _difference(found: bytes, identity: dict[str, object]) -> str:
@@ -300,10 +301,8 @@ class _WorkFile:
         record = (chunk << 32 | zlib.crc32(payload)).to_bytes(_RECORD_HEADER, "little") + payload
         os.pwrite(self._file.fileno(), record, _WORK_HEADER + chunk * self._record)
 
-    def close(self, delete: bool = False) -> None:
+    def close(self) -> None:
         self._file.close()
-        if delete:
-            self.path.unlink()
 
 
 @contextmanager
@@ -383,7 +382,7 @@ def fit_inrs(
     total = n * settings.copies
     parameters = parameter_count(layout)
     chunks = -(-total // chunk)
-    work = _WorkFile(output.with_name(output.name + ".partial"), fit, chunks, chunk * (parameters + 1))
+    work = _WorkFile(output.with_name(output.name + ".partial"), fit, chunk * (parameters + 1))
     results = np.empty((chunks * chunk, parameters + 1), np.float32)
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     missing: set[int] = set()
