@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import platform
@@ -222,7 +223,6 @@ class Trainer:
         self._lr_first = self.learning_rate
         self._rng: dict | None = None
         self._wandb_id: str | None = None
-        self._val_metrics: dict | None = None
         self._signal: int | None = None
         self._started: float | None = None
 
@@ -287,6 +287,7 @@ class Trainer:
             if self.stopped != "interrupted" and self.test is None and len(self.splits["test"]):
                 self._test_best()
             self.save()
+        self._signal = None
         result = self._write_metrics()
         self.draw()
         for logger in self._loggers:
@@ -311,10 +312,11 @@ class Trainer:
             raise ValueError(f"split must be train, val or test, got {split!r}")
         if len(self.splits[split]) == 0:
             raise ValueError(f"the data's split '{split}' is empty")
-        return evaluate_split(
-            self.model, self.dataset, self.splits[split], self.task, batch_size=self.config["batch_size"],
-            device=self.device, statistics=self.statistics, stop=lambda: self._signal is not None,
-        )  # fmt: skip
+        with self._backend():
+            return evaluate_split(
+                self.model, self.dataset, self.splits[split], self.task, batch_size=self.config["batch_size"],
+                device=self.device, statistics=self.statistics, stop=lambda: self._signal is not None,
+            )  # fmt: skip
 
     def draw(self) -> list[str]:
         """Draws ``curves.png`` and ``confusion.png`` (``predictions.png`` for regression); returns the paths."""
@@ -597,6 +599,8 @@ class Trainer:
         for name in FILES:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(self.out, name))
+        for events in glob.glob(os.path.join(glob.escape(self.out), "tensorboard", "events.out.tfevents.*")):
+            os.remove(events)
         return False
 
     def _tick(self) -> None:
