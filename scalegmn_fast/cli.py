@@ -23,10 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     listing = "\n".join(f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="scalegmn-fast", description="Fast graph networks over other networks' weights.",
+        prog="scalegmn-fast",
+        description="Fast graph networks over other networks' weights.",
         epilog=f"commands:\n{listing}\n\n`scalegmn-fast COMMAND --help` explains one.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those listed below")
     name = parser.parse_args(argv[:1]).command
     module_name, text = COMMANDS[name]

@@ -15,36 +15,93 @@ _REQUIRED = object()
 
 #: Keys of ``scalegmn_args`` and their defaults. The last four are ours; their defaults reproduce the original.
 _TOP = {
-    "d_in_v": 1, "d_in_e": 1, "d_hid": None, "num_layers": _REQUIRED, "direction": "forward", "equivariant": False,
-    "symmetry": _REQUIRED, "jit": False, "compile": False, "readout_range": "last_layer", "gnn_skip_connections": False,
-    "concat_mlp_directions": False, "reciprocal": False, "node_pos_embed": False, "edge_pos_embed": False,
-    "_max_kernel_height": None, "_max_kernel_width": None, "layer_layout": None, "out_scale": 0.01,
-    "graph_init": _REQUIRED, "positional_encodings": None, "gnn_args": _REQUIRED, "mlp_args": _REQUIRED,
-    "readout_args": None, "bidirectional_edges": "original", "canonical_eps": 1e-10, "dropout_equivariant_output": True,
+    "d_in_v": 1,
+    "d_in_e": 1,
+    "d_hid": None,
+    "num_layers": _REQUIRED,
+    "direction": "forward",
+    "equivariant": False,
+    "symmetry": _REQUIRED,
+    "jit": False,
+    "compile": False,
+    "readout_range": "last_layer",
+    "gnn_skip_connections": False,
+    "concat_mlp_directions": False,
+    "reciprocal": False,
+    "node_pos_embed": False,
+    "edge_pos_embed": False,
+    "_max_kernel_height": None,
+    "_max_kernel_width": None,
+    "layer_layout": None,
+    "out_scale": 0.01,
+    "graph_init": _REQUIRED,
+    "positional_encodings": None,
+    "gnn_args": _REQUIRED,
+    "mlp_args": _REQUIRED,
+    "readout_args": None,
+    "bidirectional_edges": "original",
+    "canonical_eps": 1e-10,
+    "dropout_equivariant_output": True,
     "exact_edge_encoding": False,
-}  # fmt: skip
+}
 _SECTIONS = {
     "graph_init": {
-        "d_in_v": 1, "d_in_e": 1, "project_node_feats": True, "project_edge_feats": True, "d_node": None, "d_edge": None,
+        "d_in_v": 1,
+        "d_in_e": 1,
+        "project_node_feats": True,
+        "project_edge_feats": True,
+        "d_node": None,
+        "d_edge": None,
     },
     "positional_encodings": {
-        "final_linear_pos_embed": False, "sum_pos_enc": False, "po_as_different_linear": False, "equiv_net": False,
-        "sum_on_io": True, "equiv_on_hidden": True, "num_mlps": 2, "layer_equiv_on_hidden": False,
+        "final_linear_pos_embed": False,
+        "sum_pos_enc": False,
+        "po_as_different_linear": False,
+        "equiv_net": False,
+        "sum_on_io": True,
+        "equiv_on_hidden": True,
+        "num_mlps": 2,
+        "layer_equiv_on_hidden": False,
     },
     "gnn_args": {
-        "d_hid": None, "message_fn_layers": 1, "message_fn_skip_connections": False, "update_node_feats_fn_layers": 1,
-        "update_node_feats_fn_skip_connections": False, "update_edge_attr": True, "dropout": 0.0, "dropout_all": False,
-        "update_as_act": False, "update_as_act_arg": "sum", "mlp_on_io": False, "msg_equiv_on_hidden": True,
-        "upd_equiv_on_hidden": True, "layer_msg_equiv_on_hidden": False, "layer_upd_equiv_on_hidden": False,
-        "msg_num_mlps": 2, "upd_num_mlps": 2, "pos_embed_msg": False, "pos_embed_upd": False, "layer_norm": False,
-        "aggregator": "add", "sign_symmetrization": True,
+        "d_hid": None,
+        "message_fn_layers": 1,
+        "message_fn_skip_connections": False,
+        "update_node_feats_fn_layers": 1,
+        "update_node_feats_fn_skip_connections": False,
+        "update_edge_attr": True,
+        "dropout": 0.0,
+        "dropout_all": False,
+        "update_as_act": False,
+        "update_as_act_arg": "sum",
+        "mlp_on_io": False,
+        "msg_equiv_on_hidden": True,
+        "upd_equiv_on_hidden": True,
+        "layer_msg_equiv_on_hidden": False,
+        "layer_upd_equiv_on_hidden": False,
+        "msg_num_mlps": 2,
+        "upd_num_mlps": 2,
+        "pos_embed_msg": False,
+        "pos_embed_upd": False,
+        "layer_norm": False,
+        "aggregator": "add",
+        "sign_symmetrization": True,
     },
     "mlp_args": {
-        "d_k": _REQUIRED, "activation": "elu", "dropout": 0.0, "final_activation": "identity", "batch_norm": False,
-        "layer_norm": False, "bias": True, "skip": False, "weight_init": None, "weight_init_args": None, "w0": 30.0,
+        "d_k": _REQUIRED,
+        "activation": "elu",
+        "dropout": 0.0,
+        "final_activation": "identity",
+        "batch_norm": False,
+        "layer_norm": False,
+        "bias": True,
+        "skip": False,
+        "weight_init": None,
+        "weight_init_args": None,
+        "w0": 30.0,
     },
     "readout_args": {"d_out": _REQUIRED, "d_rho": None},
-}  # fmt: skip
+}
 _CHOICES = {
     "direction": ("forward", "bidirectional"),
     "symmetry": ("sign", "scale", "hetero", "permutation"),
@@ -162,7 +219,9 @@ def load(config) -> dict:
     if isinstance(config, Mapping):
         return dict(config)
     if not isinstance(config, (str, os.PathLike)):
-        raise TypeError(f"config must be a ScaleGMNConfig, a dictionary, a path or a published name, got {type(config).__name__}")
+        raise TypeError(
+            f"config must be a ScaleGMNConfig, a dictionary, a path or a published name, got {type(config).__name__}"
+        )
     from .published import published_config, published_names
 
     if isinstance(config, str) and config in published_names():
@@ -280,13 +339,19 @@ def _check(args: dict) -> None:
         raise ValueError(f"graph_init.d_node must equal gnn_args.d_hid, got {init['d_node']} and {gnn['d_hid']}")
     if gnn["update_edge_attr"] and init["d_edge"] != gnn["d_hid"]:
         raise ValueError(
-            f"graph_init.d_edge must equal gnn_args.d_hid with update_edge_attr, got {init['d_edge']} and {gnn['d_hid']}"
+            "graph_init.d_edge must equal gnn_args.d_hid with update_edge_attr, "
+            f"got {init['d_edge']} and {gnn['d_hid']}"
         )
     if args["equivariant"] and not gnn["update_edge_attr"]:
-        raise ValueError("equivariant needs gnn_args.update_edge_attr (the new weights are the last edge features), got False")
+        raise ValueError(
+            "equivariant needs gnn_args.update_edge_attr (new weights are the last edge features), got False"
+        )
     if args["symmetry"] == "permutation":
         return
-    separate = {"msg": gnn["mlp_on_io"] or gnn["layer_msg_equiv_on_hidden"], "upd": gnn["mlp_on_io"] or gnn["layer_upd_equiv_on_hidden"]}
+    separate = {
+        "msg": gnn["mlp_on_io"] or gnn["layer_msg_equiv_on_hidden"],
+        "upd": gnn["mlp_on_io"] or gnn["layer_upd_equiv_on_hidden"],
+    }
     for kind, is_separate in separate.items():
         if gnn[f"{kind}_num_mlps"] == 1 and gnn[f"{kind}_equiv_on_hidden"] and not is_separate:
             raise ValueError(

@@ -96,19 +96,28 @@ class _Options:
     def carried(self, index: int) -> CarriedMessage:
         d_v, d_e = self.widths(index)
         return CarriedMessage(
-            d_v, d_e, self.d_hid, self.gnn["aggregator"], mlp_args=self.mlp, symmetry=self.symmetry,
-            sign_symmetrization=self.symmetrizes, d_extra=self.d_hid * self.gnn["pos_embed_msg"], eps=self.eps,
-        )  # fmt: skip
+            d_v,
+            d_e,
+            self.d_hid,
+            self.gnn["aggregator"],
+            mlp_args=self.mlp,
+            symmetry=self.symmetry,
+            sign_symmetrization=self.symmetrizes,
+            d_extra=self.d_hid * self.gnn["pos_embed_msg"],
+            eps=self.eps,
+        )
 
     def update(self, index: int, d_in: int) -> nn.Module:
         d_out = self.node_output(index)
         if self.symmetry == "permutation":
             return MlpNet(d_in, d_out, self.mlp)
         return EquivariantNet(
-            self.gnn["update_node_feats_fn_layers"], d_in, d_out,
+            self.gnn["update_node_feats_fn_layers"],
+            d_in,
+            d_out,
             skip_connections=self.gnn["update_node_feats_fn_skip_connections"],
             **self.net("upd", self.gnn["pos_embed_upd"]),
-        )  # fmt: skip
+        )
 
     def net(self, kind: str, extra: bool) -> dict:
         return {
@@ -199,9 +208,15 @@ class _Gnn(PlannedModule):
             self.readout = DeepSet(options.d_hid, d_rho, d_out, options.mlp)
         else:
             self.readout = InvariantReadout(
-                options.d_hid, d_rho, d_out, options.mlp, options.symmetry, self.num_first + self.num_last,
-                options.symmetrizes, options.eps,
-            )  # fmt: skip
+                options.d_hid,
+                d_rho,
+                d_out,
+                options.mlp,
+                options.symmetry,
+                self.num_first + self.num_last,
+                options.symmetrizes,
+                options.eps,
+            )
 
     def next_x(self, index: int, x: Tensor, updated: Tensor) -> Tensor:
         if hasattr(self, "skip_layers") and index < len(self.skip_layers):
@@ -376,14 +391,24 @@ class ScaleGMN(PlannedModule):
     def _encoding(self, param: str, width: int, count: int) -> PositionalEncoding:
         options = self.options
         return PositionalEncoding(
-            width, width, count, param, **options.args["positional_encodings"],
-            num_layers=options.gnn["message_fn_layers"], mlp_args=options.mlp, symmetry=options.symmetry,
-            sign_symmetrization=options.symmetrizes, mlp_on_io=options.gnn["mlp_on_io"], eps=options.eps,
-        )  # fmt: skip
+            width,
+            width,
+            count,
+            param,
+            **options.args["positional_encodings"],
+            num_layers=options.gnn["message_fn_layers"],
+            mlp_args=options.mlp,
+            symmetry=options.symmetry,
+            sign_symmetrization=options.symmetrizes,
+            mlp_on_io=options.gnn["mlp_on_io"],
+            eps=options.eps,
+        )
 
     def forward(self, graph: GraphBatch):
         self._check(graph)
         options, plan = self.options, graph.plan
+        if options.symmetry != "hetero" and graph.sign_mask is not None:
+            graph = GraphBatch(graph.node_features, graph.edge_features, plan)
         x = self.construct_graph.nodes(graph.node_features)
         p = None
         if hasattr(self, "positional_embeddings"):
@@ -427,29 +452,40 @@ class ScaleGMN(PlannedModule):
 
     def _check(self, graph: GraphBatch) -> None:
         if not isinstance(graph, GraphBatch):
-            raise TypeError(f"graph must be a GraphBatch (GraphBatch.from_weights makes one), got {type(graph).__name__}")
+            raise TypeError(
+                f"graph must be a GraphBatch (GraphBatch.from_weights makes one), got {type(graph).__name__}"
+            )
         options, plan = self.options, graph.plan
         for name, features, expected in (
             ("biases", graph.node_features, options.d_in_v),
             ("weights", graph.edge_features, options.d_in_e),
         ):
             if features.shape[1] != expected:
-                raise ValueError(f"{name} must have {expected} numbers each (as the model's config says), got {features.shape[1]}")
+                raise ValueError(
+                    f"{name} must have {expected} numbers each (as the model's config says), got {features.shape[1]}"
+                )
         if options.symmetry == "hetero" and graph.sign_mask is None:
             raise ValueError("sign_mask is needed by symmetry 'hetero', got a batch without one")
         model = list(options.layout)
-        fixed = not options.equivariant or hasattr(self, "positional_embeddings") or hasattr(self, "positional_embeddings_edge")
+        fixed = (
+            not options.equivariant
+            or hasattr(self, "positional_embeddings")
+            or hasattr(self, "positional_embeddings_edge")
+        )
         for layout, count, blocks in plan.parts:
             shown = list(layout) if layout else "a graph that is no stack of layers"
             ends = {kind: sum(b.nodes for b in blocks if b.node_class == kind) for kind in (0, 2)}
             if fixed and (ends[2] != count * model[0] or ends[0] != count * model[-1]):
                 raise ValueError(
-                    f"layout must have {model[0]} input and {model[-1]} output neurons like the model's {model}, got {shown}"
+                    f"layout must have {model[0]} input and {model[-1]} output neurons "
+                    f"like the model's {model}, got {shown}"
                 )
             if options.equivariant and (layout is None or len(layout) != len(model)):
                 raise ValueError(f"layout must have {len(model)} layers like the model's {model}, got {shown}")
         if plan.max_layer > len(model) - 1:
-            raise ValueError(f"layout must have at most {len(model)} layers like the model's {model}, got {plan.max_layer + 1}")
+            raise ValueError(
+                f"layout must have at most {len(model)} layers like the model's {model}, got {plan.max_layer + 1}"
+            )
 
 
 def _scalar(value: float) -> nn.Parameter:

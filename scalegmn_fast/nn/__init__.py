@@ -10,7 +10,26 @@ from .rows import FactoredEdges, GatheredRows, MappedRows, RowClasses
 from .work import WorkPlan, set_work_plan
 
 __all__ = [
-    "CarriedMessage", "DeepSet", "Direction", "EdgeUpdate", "EquivariantLayer", "EquivariantMessage", "EquivariantNet",
-    "FactoredEdges", "GatheredRows", "GraphInit", "InvariantLayer", "InvariantNet", "InvariantReadout", "MappedRows",
-    "Mlp", "MlpNet", "PlainMessage", "PositionalEncoding", "RowClasses", "SineUpdate", "WorkPlan", "set_work_plan",
-]  # fmt: skip
+    "CarriedMessage",
+    "DeepSet",
+    "Direction",
+    "EdgeUpdate",
+    "EquivariantLayer",
+    "EquivariantMessage",
+    "EquivariantNet",
+    "FactoredEdges",
+    "GatheredRows",
+    "GraphInit",
+    "InvariantLayer",
+    "InvariantNet",
+    "InvariantReadout",
+    "MappedRows",
+    "Mlp",
+    "MlpNet",
+    "PlainMessage",
+    "PositionalEncoding",
+    "RowClasses",
+    "SineUpdate",
+    "WorkPlan",
+    "set_work_plan",
+]

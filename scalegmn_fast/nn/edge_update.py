@@ -24,7 +24,13 @@ class EdgeUpdate(SymmetryPair):
     """
 
     def __init__(
-        self, d_in: int, d_out: int, mlp_args: dict, symmetry: str, sign_symmetrization: bool, eps: float = CANONICAL_EPS
+        self,
+        d_in: int,
+        d_out: int,
+        mlp_args: dict,
+        symmetry: str,
+        sign_symmetrization: bool,
+        eps: float = CANONICAL_EPS,
     ):
         super().__init__()
         permutation = symmetry == "permutation"
@@ -33,9 +39,7 @@ class EdgeUpdate(SymmetryPair):
             self.W = nn.Linear(d_in, d_out, bias=False)
         self.add_layers(d_in, d_out, mlp_args, symmetry, sign_symmetrization, eps, final_mlp=False)
 
-    def forward(
-        self, x: Tensor, e: Rows, source: Tensor, target: Tensor, classes: RowClasses | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, e: Rows, source: Tensor, target: Tensor, classes: RowClasses | None = None) -> Tensor:
         """New edge features [E, d_out] from node features x [N, d], edge features e [E, d] and their ends, int64 [E].
 
         ``classes`` are the nodes' (needed for ``hetero`` only).
@@ -57,8 +61,12 @@ class EdgeUpdate(SymmetryPair):
         if self.symmetry != "hetero":
             return dense(self.g1.canonical(x))
         if classes is None:
-            raise ValueError("classes are needed by symmetry 'hetero' (they say which rows have the sign symmetry), got None")
-        sign, scale = (lambda rows, _, layer=layer: dense(layer.canonical(rows)) for layer in (self.g_sign, self.g_scale))
+            raise ValueError(
+                "classes are needed by symmetry 'hetero' (they say which rows have the sign symmetry), got None"
+            )
+        sign, scale = (
+            lambda rows, _, layer=layer: dense(layer.canonical(rows)) for layer in (self.g_sign, self.g_scale)
+        )
         if index is None:
             return by_symmetry(self.work.partition, x, classes, sign, scale)
         sign_rows, _ = classes.sign_rows()

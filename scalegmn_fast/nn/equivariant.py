@@ -42,10 +42,13 @@ def absolute_rows(rows: Rows) -> Rows:
 class Canonicalization(PlannedModule):
     """The invariant c(x) of a row under its own sign or scale.
 
-    sign: ``rho(x) + rho(-x)`` with an mlp rho, or ``|x|`` (``sign_symmetrization`` False); scale: ``x / (||x|| + eps)``.
+    sign: ``rho(x) + rho(-x)`` with an mlp rho, or ``|x|`` (``sign_symmetrization`` False);
+    scale: ``x / (||x|| + eps)``.
     """
 
-    def __init__(self, width: int, mlp_args: dict, symmetry: str, sign_symmetrization: bool, eps: float = CANONICAL_EPS):
+    def __init__(
+        self, width: int, mlp_args: dict, symmetry: str, sign_symmetrization: bool, eps: float = CANONICAL_EPS
+    ):
         super().__init__()
         if symmetry not in ("sign", "scale", "permutation"):
             raise ValueError(f"symmetry must be 'sign', 'scale' or 'permutation', got {symmetry!r}")
@@ -76,9 +79,16 @@ class InvariantLayer(Canonicalization):
     """
 
     def __init__(
-        self, d_in: int, d_out: int, mlp_args: dict, symmetry: str, sign_symmetrization: bool = True,
-        d_extra: int = 0, final_mlp: bool = True, eps: float = CANONICAL_EPS,
-    ):  # fmt: skip
+        self,
+        d_in: int,
+        d_out: int,
+        mlp_args: dict,
+        symmetry: str,
+        sign_symmetrization: bool = True,
+        d_extra: int = 0,
+        final_mlp: bool = True,
+        eps: float = CANONICAL_EPS,
+    ):
         super().__init__(d_in, mlp_args, symmetry, sign_symmetrization, eps)
         if final_mlp:
             self.phi = Mlp(d_in + d_extra, d_out, **mlp_args)
@@ -108,7 +118,9 @@ class SymmetryPair(PlannedModule):
         if self.symmetry != "hetero":
             return self.g1(x, extra)
         if classes is None:
-            raise ValueError("classes are needed by symmetry 'hetero' (they say which rows have the sign symmetry), got None")
+            raise ValueError(
+                "classes are needed by symmetry 'hetero' (they say which rows have the sign symmetry), got None"
+            )
 
         def run(layer):
             def on_rows(rows, chosen):
@@ -121,8 +133,6 @@ class SymmetryPair(PlannedModule):
         return by_symmetry(self.work.partition, x, classes, run(self.g_sign), run(self.g_scale))
 
 
-
-
 class InvariantNet(SymmetryPair):
     """g(x, p) of an equivariant layer: canonicalised on hidden rows, a plain mlp on the others if ``equiv_on_hidden``.
 
@@ -132,9 +142,17 @@ class InvariantNet(SymmetryPair):
     """
 
     def __init__(
-        self, d_in: int, d_out: int, mlp_args: dict, symmetry: str, d_extra: int = 0, equiv_on_hidden: bool = False,
-        num_mlps: int = 2, sign_symmetrization: bool = True, eps: float = CANONICAL_EPS,
-    ):  # fmt: skip
+        self,
+        d_in: int,
+        d_out: int,
+        mlp_args: dict,
+        symmetry: str,
+        d_extra: int = 0,
+        equiv_on_hidden: bool = False,
+        num_mlps: int = 2,
+        sign_symmetrization: bool = True,
+        eps: float = CANONICAL_EPS,
+    ):
         super().__init__()
         self.equiv_on_hidden = equiv_on_hidden
         if equiv_on_hidden:
@@ -170,15 +188,25 @@ class EquivariantLayer(PlannedModule):
     """``(W x) * g(x, p)``: scales with x. W has no bias."""
 
     def __init__(
-        self, d_in: int, d_out: int, mlp_args: dict, d_extra: int = 0, symmetry: str = "sign",
-        equiv_on_hidden: bool = False, num_mlps: int = 2, sign_symmetrization: bool = False, eps: float = CANONICAL_EPS,
-    ):  # fmt: skip
+        self,
+        d_in: int,
+        d_out: int,
+        mlp_args: dict,
+        d_extra: int = 0,
+        symmetry: str = "sign",
+        equiv_on_hidden: bool = False,
+        num_mlps: int = 2,
+        sign_symmetrization: bool = False,
+        eps: float = CANONICAL_EPS,
+    ):
         super().__init__()
         self.W = nn.Linear(d_in, d_out, bias=False)
         if symmetry == "permutation":
             self.g = MlpNet(d_in, d_out, mlp_args, d_extra)
         else:
-            self.g = InvariantNet(d_in, d_out, mlp_args, symmetry, d_extra, equiv_on_hidden, num_mlps, sign_symmetrization, eps)
+            self.g = InvariantNet(
+                d_in, d_out, mlp_args, symmetry, d_extra, equiv_on_hidden, num_mlps, sign_symmetrization, eps
+            )
 
     def forward(self, x: Rows, extra: Rows | None = None, classes: RowClasses | None = None) -> Tensor:
         if isinstance(self.g, MlpNet):
@@ -212,10 +240,21 @@ class EquivariantNet(PlannedModule):
     """
 
     def __init__(
-        self, n_layers: int, d_in: int, d_out: int, mlp_args: dict, d_extra: int = 0, symmetry: str = "sign",
-        equiv_on_hidden: bool = False, layer_equiv_on_hidden: bool = False, mlp_on_io: bool = False, num_mlps: int = 2,
-        sign_symmetrization: bool = False, skip_connections: bool = False, eps: float = CANONICAL_EPS,
-    ):  # fmt: skip
+        self,
+        n_layers: int,
+        d_in: int,
+        d_out: int,
+        mlp_args: dict,
+        d_extra: int = 0,
+        symmetry: str = "sign",
+        equiv_on_hidden: bool = False,
+        layer_equiv_on_hidden: bool = False,
+        mlp_on_io: bool = False,
+        num_mlps: int = 2,
+        sign_symmetrization: bool = False,
+        skip_connections: bool = False,
+        eps: float = CANONICAL_EPS,
+    ):
         super().__init__()
         if num_mlps not in (1, 2, 3):
             raise ValueError(f"num_mlps must be 1, 2 or 3, got {num_mlps}")
@@ -223,7 +262,9 @@ class EquivariantNet(PlannedModule):
         separate = mlp_on_io or layer_equiv_on_hidden
 
         def layer(width: int, by_hidden: bool) -> EquivariantLayer:
-            return EquivariantLayer(width, d_out, mlp_args, d_extra, symmetry, by_hidden, num_mlps, sign_symmetrization, eps)
+            return EquivariantLayer(
+                width, d_out, mlp_args, d_extra, symmetry, by_hidden, num_mlps, sign_symmetrization, eps
+            )
 
         self.eq_layers = nn.ModuleList(layer(width, equiv_on_hidden and not separate) for width in widths)
         self.eq_layers_in, self.eq_layers_last = None, None

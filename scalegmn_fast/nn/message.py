@@ -95,9 +95,18 @@ class CarriedMessage(SymmetryPair, MessageProduct):
     """
 
     def __init__(
-        self, d_in_v: int, d_in_e: int, d_hid: int, aggregator: str, *, mlp_args: dict, symmetry: str,
-        sign_symmetrization: bool, d_extra: int = 0, eps: float = CANONICAL_EPS,
-    ):  # fmt: skip
+        self,
+        d_in_v: int,
+        d_in_e: int,
+        d_hid: int,
+        aggregator: str,
+        *,
+        mlp_args: dict,
+        symmetry: str,
+        sign_symmetrization: bool,
+        d_extra: int = 0,
+        eps: float = CANONICAL_EPS,
+    ):
         super().__init__()
         self.add_maps(d_in_v, d_in_e, d_hid)
         self.W = nn.Linear(d_in_v, d_hid, bias=False)

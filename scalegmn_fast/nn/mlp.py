@@ -128,10 +128,14 @@ class Mlp(PlannedModule):
         first, last = self.fc
         norm = self.ln[0] if self.ln is not None else None
         hidden = ops.symmetrize(
-            linear(rows, first.weight), first.bias,
-            None if norm is None else norm.weight, None if norm is None else norm.bias,
-            kind="activation", activation=self.activation, w0=self.w0,
-        )  # fmt: skip
+            linear(rows, first.weight),
+            first.bias,
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
+            kind="activation",
+            activation=self.activation,
+            w0=self.w0,
+        )
         mapped = MappedRows(hidden, last.weight, None if last.bias is None else 2 * last.bias)
         return mapped if self.work.compose else dense(mapped)
 

@@ -64,12 +64,27 @@ class PositionalEncoding(PlannedModule):
     """
 
     def __init__(
-        self, d_in: int, d_hid: int, num_param_types: int, param: str, *, final_linear_pos_embed: bool = False,
-        sum_pos_enc: bool = False, po_as_different_linear: bool = False, equiv_net: bool = False, sum_on_io: bool = True,
-        num_layers: int = 1, mlp_args: dict | None = None, symmetry: str = "sign", sign_symmetrization: bool = False,
-        mlp_on_io: bool = False, num_mlps: int = 2, equiv_on_hidden: bool = True, layer_equiv_on_hidden: bool = True,
+        self,
+        d_in: int,
+        d_hid: int,
+        num_param_types: int,
+        param: str,
+        *,
+        final_linear_pos_embed: bool = False,
+        sum_pos_enc: bool = False,
+        po_as_different_linear: bool = False,
+        equiv_net: bool = False,
+        sum_on_io: bool = True,
+        num_layers: int = 1,
+        mlp_args: dict | None = None,
+        symmetry: str = "sign",
+        sign_symmetrization: bool = False,
+        mlp_on_io: bool = False,
+        num_mlps: int = 2,
+        equiv_on_hidden: bool = True,
+        layer_equiv_on_hidden: bool = True,
         eps: float = CANONICAL_EPS,
-    ):  # fmt: skip
+    ):
         super().__init__()
         if symmetry == "permutation":
             sum_pos_enc, equiv_net, po_as_different_linear, final_linear_pos_embed = True, False, False, False
@@ -80,9 +95,19 @@ class PositionalEncoding(PlannedModule):
         self.pos_embed = nn.Parameter(torch.randn(num_param_types, d_hid))
         if equiv_net:
             self.init_fn = EquivariantNet(
-                num_layers, d_in, d_hid, mlp_args, d_hid, symmetry, equiv_on_hidden, layer_equiv_on_hidden, mlp_on_io,
-                num_mlps, sign_symmetrization, eps=eps,
-            )  # fmt: skip
+                num_layers,
+                d_in,
+                d_hid,
+                mlp_args,
+                d_hid,
+                symmetry,
+                equiv_on_hidden,
+                layer_equiv_on_hidden,
+                mlp_on_io,
+                num_mlps,
+                sign_symmetrization,
+                eps=eps,
+            )
         if final_linear_pos_embed:
             self.final_linear = nn.Linear(d_hid, d_hid, bias=False)
 

@@ -25,9 +25,16 @@ class InvariantReadout(SymmetryPair):
     """
 
     def __init__(
-        self, d_in: int, d_rho: int, d_out: int, mlp_args: dict, symmetry: str, num_io_nodes: int,
-        sign_symmetrization: bool = True, eps: float = CANONICAL_EPS,
-    ):  # fmt: skip
+        self,
+        d_in: int,
+        d_rho: int,
+        d_out: int,
+        mlp_args: dict,
+        symmetry: str,
+        num_io_nodes: int,
+        sign_symmetrization: bool = True,
+        eps: float = CANONICAL_EPS,
+    ):
         super().__init__()
         self.phi = Mlp(d_in, d_rho, **mlp_args).requires_grad_(False)
         self.add_layers(d_in, d_rho, mlp_args, symmetry, sign_symmetrization, eps)

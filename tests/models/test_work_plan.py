@@ -1,0 +1,87 @@
+"""Each exact identity of the plan of work changes nothing but the cost."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from scalegmn_fast import backend
+from scalegmn_fast.graph import GraphBatch
+from scalegmn_fast.models import from_config, published_config, published_names
+from scalegmn_fast.nn import WorkPlan, set_work_plan
+from scalegmn_fast.testing import random_network
+
+pytestmark = pytest.mark.filterwarnings("ignore:not exactly equivariant", "ignore:d_hid and dropout_all")
+IDENTITIES = [item.name for item in fields(WorkPlan)]
+
+
+def small_model(name):
+    args = published_config(name)["scalegmn_args"]
+    args["d_hid"], args["num_layers"] = 6, min(args["num_layers"], 4)
+    args["layer_layout"] = [1, 4, 3, 5] if "_max_kernel_height" in args else [2, 5, 4, 3]
+    torch.manual_seed(0)
+    return from_config(args).double().eval()
+
+
+def outputs_and_gradients(model, work, seed=0):
+    set_work_plan(model, work)
+    generator = torch.Generator().manual_seed(seed)
+    options = model.options
+    weights, biases = random_network(options.layout, 4, d_e=options.d_in_e, generator=generator)
+    leaves = [value.double().requires_grad_() for value in (*weights, *biases)]
+    count = len(weights)
+    mask = torch.tensor([True, False, True, False]) if options.symmetry == "hetero" else None
+    out = model(GraphBatch.from_weights(leaves[:count], leaves[count:], sign_mask=mask))
+    outs = [out] if isinstance(out, torch.Tensor) else [*out[0], *out[1]]
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outs]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total = sum((o * c).sum() for o, c in zip(outs, cotangents, strict=True))
+    return [*outs, *torch.autograd.grad(total, leaves + parameters, allow_unused=False)]
+
+
+@pytest.mark.parametrize("name", published_names())
+def test_identities_change_nothing(name):
+    model = small_model(name)
+    with backend("reference"):
+        expected = outputs_and_gradients(model, WorkPlan.none())
+        scale = max(float(value.detach().abs().max()) for value in expected)
+        for identity in IDENTITIES:
+            found = outputs_and_gradients(model, replace(WorkPlan.none(), **{identity: True}))
+            for a, b in zip(found, expected, strict=True):
+                assert float((a - b).abs().max()) <= 1e-11 * scale, identity
+        found = outputs_and_gradients(model, WorkPlan())
+        assert all(float((a - b).abs().max()) <= 1e-11 * scale for a, b in zip(found, expected, strict=True))
+
+
+def test_liveness_shrinks_the_last_round():
+    """Rows that the last node update receives, with and without liveness."""
+    model = small_model("mnist_cls/scalegmn")
+    weights, biases = random_network(model.options.layout, 3)
+    rows = {}
+    for liveness in (False, True):
+        set_work_plan(model, replace(WorkPlan.none(), liveness=liveness))
+        seen = []
+        update = model.gnn.fw_layers[-1].update_node_feats_fn
+        hook = update.register_forward_hook(lambda module, inputs, out, seen=seen: seen.append(out.shape[0]))
+        model(GraphBatch.from_weights(weights, biases))
+        hook.remove()
+        rows[liveness] = seen
+    layout = model.options.layout
+    assert rows == {False: [3 * sum(layout)], True: [3 * layout[-1]]}
+
+
+def test_every_trainable_parameter_gets_a_gradient():
+    """Parameters of branches without rows get zeros, not None: DistributedDataParallel and weight decay see them."""
+    for name in ("mnist_cls/scalegmn", "cifar10/scalegmn_tanh_bidir"):
+        model = small_model(name)
+        weights, biases = random_network(model.options.layout, 2, d_e=model.options.d_in_e)
+        model(GraphBatch.from_weights(weights, biases)).sum().backward()
+        assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_batch_norm_turns_the_identities_off():
+    """Batch statistics depend on which rows a module sees, so a model with batch norm sees the original's rows."""
+    args = published_config("mnist_cls/scalegmn")["scalegmn_args"]
+    args.update(d_hid=4, layer_layout=[2, 3, 1])
+    args["mlp_args"]["batch_norm"] = True
+    assert from_config(args).gnn.work == WorkPlan.none()
