@@ -1,9 +1,10 @@
 """Every kernel in every launch configuration, compiled ahead of time for named architectures. Needs no GPU.
 
 `configurations` lists each kernel in each tile that the launchers of this package choose, `variants` the other types,
-alignments and options; `compile_build` compiles one of them and reads what it needs out of the machine code.
+alignments and options; `compile_all` compiles them, `usage` reads what one needs out of its machine code.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 import re
@@ -184,6 +185,17 @@ def compile_build(build, architecture):
     """Triton's compiled kernel (its `asm` and `metadata`) for compute capability `architecture`: 80, 90 or 100."""
     options = {name: value for name, value in build.constants if name in OPTIONS}
     return triton.compile(_source(build), target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def compile_all(builds, jobs):
+    """{(build, architecture): compiled kernel} for all architectures, from scratch, `jobs` at a time."""
+    pairs = list(itertools.product(builds, ARCHITECTURES))
+    knobs = triton.knobs
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope():
+        knobs.cache.dir = folder
+        knobs.compilation.disable_line_info = True
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            return dict(zip(pairs, pool.map(lambda pair: compile_build(*pair), pairs), strict=True))
 
 
 def usage(compiled):

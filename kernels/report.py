@@ -5,16 +5,14 @@ docs/kernels-aot.md was; `--jobs N` compiles N at a time.
 """
 
 import argparse
-import concurrent.futures
 import itertools
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import triton
 
-from .compile import ARCHITECTURES, SHARED_MEMORY, compile_build, configurations, usage, variants
+from .compile import ARCHITECTURES, SHARED_MEMORY, compile_all, configurations, usage, variants
 
 INTRODUCTION = """# Triton kernels, compiled ahead of time
 
@@ -38,15 +36,6 @@ may use.
 {variants}"""
 
 
-def compile_all(builds, jobs):
-    """{(build, architecture): Usage} for all builds and architectures, compiled from scratch, `jobs` at a time."""
-    pairs = list(itertools.product(builds, ARCHITECTURES))
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            return dict(zip(pairs, pool.map(lambda pair: usage(compile_build(*pair)), pairs), strict=True))
-
-
 def table(builds, usages):
     """A Markdown table: a row per build; registers (+ spills) and shared memory per architecture."""
     columns = [f"sm_{a} {what}" for a in ARCHITECTURES for what in ("registers", "shared")]
@@ -65,7 +54,7 @@ def table(builds, usages):
 def page(jobs):
     """The whole report as Markdown."""
     main, others = list(configurations()), list(variants())
-    usages = compile_all(main + others, jobs)
+    usages = {pair: usage(compiled) for pair, compiled in compile_all(main + others, jobs).items()}
     spills = [usages[pair].spills for pair in itertools.product(others, ARCHITECTURES)]
     return INTRODUCTION.format(
         version=triton.__version__,

@@ -27,7 +27,7 @@ from .tiles import (
 
 # Programs that accumulate parameter gradients: several per multiprocessor of the largest chip, few enough to sum up.
 PARTIAL_ROWS = 1024
-PARTIAL_TILE = {"BLOCK_ROWS": 64, "BLOCK_COLS": 16, **launch_options(WARPS)}
+PARTIAL_TILE = {"BLOCK_ROWS": 128, "BLOCK_COLS": 16, **launch_options(WARPS)}
 FLAT_TILE = {"BLOCK": TILE, **launch_options(WARPS)}
 
 

@@ -9,8 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from scalegmn_fast.kernels import compile as aot  # noqa: E402
-from scalegmn_fast.kernels import report, symmetrize  # noqa: E402
-from scalegmn_fast.kernels import segment_reduce as segments  # noqa: E402
+from scalegmn_fast.kernels import segment_reduce, symmetrize  # noqa: E402
 
 # The fixture that compiles counts towards the first test that uses it.
 pytestmark = pytest.mark.timeout(600)
@@ -20,71 +19,76 @@ PAGE = Path(__file__).parents[2] / "docs" / "kernels-aot.md"
 
 
 @pytest.fixture(scope="module")
-def usages():
-    return report.compile_all(CONFIGURATIONS, jobs=2)
+def compiled():
+    return aot.compile_all(CONFIGURATIONS, jobs=2)
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 @pytest.mark.parametrize("build", CONFIGURATIONS, ids=lambda build: build.name)
-def test_fits_into_shared_memory_and_does_not_spill(build, architecture, usages):
-    used = usages[build, architecture]
+def test_fits_into_shared_memory_and_does_not_spill(build, architecture, compiled):
+    used = aot.usage(compiled[build, architecture])
     assert used.spills == 0
     assert used.shared <= aot.SHARED_MEMORY[architecture]
     assert used.registers * used.warps * 32 <= 65536
 
 
-def kernels_of(module):
-    return {name for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "params")}
+def test_every_kernel_is_a_configuration():
+    kernels = {
+        name
+        for module in (symmetrize, segment_reduce)
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and hasattr(value, "params")
+    }
+    assert {build.kernel for build in CONFIGURATIONS} == kernels
 
 
-def test_every_kernel_and_every_tile_of_the_launchers_is_a_configuration():
-    assert {build.kernel for build in CONFIGURATIONS} == kernels_of(symmetrize) | kernels_of(segments)
-    for tile, widths, kernels in (
-        (symmetrize.row_tile, range(1, symmetrize.MAX_WIDTH + 1), ("activation", "normalize")),
-        (segments.segment_tile, range(1, 2000), ("segments", "chunks", "merge", "backward")),
-    ):
-        tiles = {tuple(sorted(tile(width).items())) for width in widths}
-        for kernel in kernels:
-            names = next(iter(tiles))
-            for direction in {b.kernel for b in CONFIGURATIONS if b.kernel.startswith(f"{kernel}_")}:
-                built = [dict(b.constants) for b in CONFIGURATIONS if b.kernel == direction]
-                assert {tuple((name, b[name]) for name, _ in names) for b in built} == tiles, direction
+@pytest.mark.parametrize(
+    "tile,widths,kernels",
+    [
+        (symmetrize.row_tile, range(1, symmetrize.MAX_WIDTH + 1), r"(activation|normalize)_\w+_kernel"),
+        (segment_reduce.segment_tile, range(1, 2000), r"(segments|chunks|merge|backward)_kernel"),
+    ],
+    ids=["rows", "segments"],
+)
+def test_every_tile_that_a_launcher_chooses_is_a_configuration(tile, widths, kernels):
+    chosen = {frozenset(tile(width).items()) for width in widths}
+    names = tile(1).keys()
+    built = {}
+    for build in CONFIGURATIONS:
+        if re.fullmatch(kernels, build.kernel):
+            constants = dict(build.constants)
+            built.setdefault(build.kernel, set()).add(frozenset((name, constants[name]) for name in names))
+    assert len(built) == 4
+    for kernel, tiles in built.items():
+        assert tiles == chosen, kernel
 
 
 def test_the_page_in_docs_lists_every_build():
-    rows = [line.split(" | ")[:5] for line in PAGE.read_text().splitlines() if re.match(r"\| \w", line)]
-    listed = {tuple(cell.strip("| ") for cell in row) for row in rows}
+    """Written by `python -m scalegmn_fast.kernels.report --output docs/kernels-aot.md`."""
+    listed = {tuple(cell.strip() for cell in line.split("|")[1:6]) for line in PAGE.read_text().splitlines()}
     for build in itertools.chain(CONFIGURATIONS, aot.variants()):
         kernel = build.kernel.removesuffix("_kernel")
         alignment = "aligned" if build.aligned else "unaligned"
-        assert (kernel, build.variant, str(build.cols), build.dtype, alignment) in listed, build.name
+        assert (kernel, build.variant, str(build.cols), build.dtype, alignment) in listed
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    """One build of each kernel that reads rows, at 128 columns, for sm_90."""
-    with aot.triton.knobs.cache.scope():
-        aot.triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        builds = [b for b in CONFIGURATIONS if b.cols == 128 and b.kernel != "merge_kernel"]
-        return {build.kernel: aot.compile_build(build, 90) for build in builds}
+ROW_KERNELS = [b for b in CONFIGURATIONS if b.cols == 128 and b.kernel != "merge_kernel"]
 
 
-WIDE = sorted({b.kernel for b in CONFIGURATIONS if b.cols == 128 and b.kernel != "merge_kernel"})
+@pytest.mark.parametrize("build", ROW_KERNELS, ids=lambda build: build.name)
+def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(build, compiled):
+    for architecture in aot.ARCHITECTURES:
+        ptx = compiled[build, architecture].asm["ptx"]
+        assert re.search(r"ld\.global[.\w]*\.v4\.b32", ptx)
+        # Parts of long segments are one row wide: too few elements for every thread to write 16 bytes.
+        assert re.search(r"st\.global[.\w]*\.v4\.b32", ptx) or build.kernel == "chunks_kernel"
 
 
-@pytest.mark.parametrize("kernel", WIDE)
-def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(kernel, wide):
-    ptx = wide[kernel].asm["ptx"]
-    assert re.search(r"ld\.global[.\w]*\.v4\.b32", ptx)
-    assert re.search(r"st\.global[.\w]*\.v4\.b32", ptx) or kernel == "chunks_kernel"
-
-
-@pytest.mark.parametrize("kernel", WIDE)
-def test_row_offsets_are_64_bit(kernel, wide):
-    """Offsets of rows, tiles [n, 1], are never 32-bit numbers, which a large tensor overflows."""
-    ttir = wide[kernel].asm["ttir"]
-    offsets = re.findall(r"tt\.addptr .*tensor<(\d+)x(\d+)x!tt\.ptr<\w+>>, tensor<\1x\2x(i\d+)>", ttir)
-    rows = [bits for _, cols, bits in offsets if cols == "1"]
-    multiplied = re.findall(r"arith\.muli .* : tensor<\d+x1x(i\d+)>", ttir)
-    assert offsets and set(rows) <= {"i64"}
-    assert multiplied and set(multiplied) == {"i64"}
+@pytest.mark.parametrize("build", ROW_KERNELS, ids=lambda build: build.name)
+def test_row_offsets_are_64_bit(build, compiled):
+    """Rows' numbers, tiles [n, 1], are multiplied by the width and added to pointers as 64-bit numbers only."""
+    ttir = compiled[build, 90].asm["ttir"]
+    products = re.findall(r"arith\.muli .* : tensor<\d+x1x(i\d+)>", ttir)
+    offsets = re.findall(r"tt\.addptr .*, tensor<\d+x1x(i\d+)>", ttir)
+    assert products and set(products) == {"i64"}
+    assert set(offsets) <= {"i64"}

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
+BROKEN = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
 MODULES = ("test_kernels_segment_reduce", "test_kernels_symmetrize")
 
 
@@ -36,6 +38,7 @@ def test_every_module_of_numerics_is_run():
     assert {path.stem for path in (ROOT / "tests" / "kernels" / "numerics").glob("test_*.py")} == set(MODULES)
 
 
+@pytest.mark.skipif(BROKEN, reason="the interpreter of Triton 3.6 does not run loops with NumPy 2.4 or later")
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("module", MODULES)
 def test_numerics_under_the_interpreter(module, runs):
