@@ -61,8 +61,8 @@ def scalegmn(
             False where it is scale. Used by, and required for, ``symmetry: hetero``.
 
     Returns:
-        [B, d_out] for an invariant head; new (weights, biases) as lists of [B, n_in, n_out, d_e] and [B, n_out, 1] for an
-        equivariant head.
+        [B, d_out] for an invariant head; for an equivariant one new (weights, biases), lists of [B, n_in, n_out, d_e]
+        and [B, n_out, 1].
 
     Raises:
         ValueError: an unknown or contradictory option, inputs that do not match ``layer_layout``, or a missing

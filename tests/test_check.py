@@ -1,0 +1,104 @@
+"""`scalegmn-fast check` passes on a good installation, and notices a bad one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+from scalegmn_fast import backends, check
+from scalegmn_fast.models import published_names
+
+MODEL = "mnist_cls/scalegmn"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    check.configure(parser)
+    return check.run(parser.parse_args(["--device", "cpu", "--backend", "reference", *arguments]))
+
+
+def few_op_cases(monkeypatch) -> None:
+    cases = check.op_cases
+    monkeypatch.setattr(check, "op_cases", lambda seed: islice(cases(seed), 0, None, 9))
+
+
+@pytest.mark.timeout(400)
+def test_every_op_and_every_published_model_pass(capsys, tmp_path):
+    file = tmp_path / "rows.json"
+    code = run("--quick", "--json", str(file))
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    written = json.loads(file.read_text())
+    assert {row["case"] for row in written["rows"] if row["part"] == "model"} == set(published_names())
+    assert {row["part"] for row in written["rows"]} == {"model", *backends.OPS}
+    assert all(row["ok"] for row in written["rows"])
+    for row in written["rows"]:
+        quantities = ["output", "gradients"] + ["equivariance"] * (row["part"] == "model")
+        assert all(0 <= row[name]["error"] <= row[name]["bound"] < 1 for name in quantities), row
+        assert sum(row["case"] in line and row["dtype"] in line for line in printed.splitlines()) >= 1
+
+
+def test_every_available_backend_passes_on_a_model(monkeypatch):
+    few_op_cases(monkeypatch)
+    parser = argparse.ArgumentParser()
+    check.configure(parser)
+    assert check.run(parser.parse_args(["--device", "cpu", "--quick", "--model", MODEL])) == 0
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("op", sorted(backends.OPS))
+def test_a_wrong_backend_is_caught(op, direction, monkeypatch, capsys):
+    """One element of one op's result is off by two hundredths."""
+    right = backends.implementation
+
+    def planted(name, way, tensor):
+        function = right(name, way, tensor)
+        if (name, way) != (op, direction):
+            return function
+
+        def wrong(*args):
+            result = function(*args)
+            first = (result if isinstance(result, torch.Tensor) else result[0]).clone()
+            first.view(-1)[-1] += 0.02
+            return first if isinstance(result, torch.Tensor) else (first, *result[1:])
+
+        return wrong
+
+    monkeypatch.setattr(backends, "implementation", planted)
+    few_op_cases(monkeypatch)
+    assert run("--quick", "--model", MODEL) == 1
+    failing = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
+    assert any(line.startswith(op) for line in failing)
+    others = set(backends.OPS) - {op}
+    assert not any(line.startswith(tuple(others)) for line in failing)
+
+
+def test_a_crash_is_a_failed_row(monkeypatch, capsys):
+    def broken(name, way, tensor):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(backends, "implementation", broken)
+    few_op_cases(monkeypatch)
+    assert run("--quick", "--model", MODEL) == 1
+    assert "no kernel image is available" in capsys.readouterr().out
+
+
+def test_what_cannot_be_checked_is_named():
+    parser = argparse.ArgumentParser()
+    check.configure(parser)
+    with pytest.raises(ValueError, match="no backend to check.*cuda"):
+        check.run(parser.parse_args(["--device", "cpu", "--backend", "cuda"]))
+    with pytest.raises(ValueError, match="--model must be one of"):
+        run("--model", "mnist_cls/unknown")
