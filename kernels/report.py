@@ -17,9 +17,10 @@ from .compile import ARCHITECTURES, SHARED_MEMORY, compile_all, configurations, 
 INTRODUCTION = """# Triton kernels, compiled ahead of time
 
 Written by `python -m scalegmn_fast.kernels.report --output docs/kernels-aot.md` with Triton {version}, without a GPU.
-Per thread: registers, then after a `+` the bytes of stack that spills take, if any; per block: bytes of shared memory
-(a block may have {limits}). One program is one block of `warps` x 32 threads. *aligned*: the width is divisible by 16,
-so that loads are 16 bytes wide; *unaligned*: any other width, loads are one element wide.
+Per thread: registers, then after a `+` the bytes of stack that spills take, if any. Per block: bytes of shared memory,
+of which a block may have {limits}. One program is one block of `warps` x 32 threads.
+*aligned*: the width is divisible by 16, so that loads are 16 bytes wide; *unaligned*: any other width, loads are one
+element wide.
 
 ## Every kernel in every tile
 
@@ -29,9 +30,7 @@ None of these spills; a test asserts it, and that each fits into the shared memo
 {configurations}
 ## Other types, alignments and options
 
-{spilling} of {total} variants x architectures spill, {worst} bytes per thread at most: float64, wide rows whose width
-is not divisible by 16, `sine` (its range reduction), and a few that the assembler squeezes into fewer registers than it
-may use.
+{spilling} of {total} variants x architectures spill, {worst} bytes per thread at most.
 
 {variants}"""
 
