@@ -1,4 +1,4 @@
-"""The twenty published ScaleGMN configurations, in the original's format.
+"""The twenty published ScaleGMN configurations, in the original's format. Absent keys have their defaults.
 
 Values: Kalogeropoulos et al. 2024, appendix, and the configurations released with it. ``svhn/scalegmn_relu_bidir`` is
 given as intended (its released file is malformed).
@@ -20,8 +20,6 @@ _BASE = {
     },
     "train_args": {"num_epochs": 200, "val_acc_threshold": 0.1, "patience": 50, "seed": 0, "loss": "CrossEntropyLoss"},
     "scalegmn_args": {
-        "d_in_v": 1,
-        "d_in_e": 1,
         "d_hid": 128,
         "num_layers": 4,
         "direction": "forward",
@@ -29,63 +27,14 @@ _BASE = {
         "symmetry": "sign",
         "readout_range": "last_layer",
         "gnn_skip_connections": True,
-        "concat_mlp_directions": False,
         "reciprocal": True,
         "node_pos_embed": True,
         "edge_pos_embed": True,
-        "graph_init": {
-            "d_in_v": 1,
-            "d_in_e": 1,
-            "project_node_feats": True,
-            "project_edge_feats": True,
-            "d_node": 128,
-            "d_edge": 128,
-        },
-        "positional_encodings": {
-            "final_linear_pos_embed": False,
-            "sum_pos_enc": False,
-            "po_as_different_linear": False,
-            "equiv_net": False,
-            "sum_on_io": True,
-            "equiv_on_hidden": True,
-            "num_mlps": 3,
-            "layer_equiv_on_hidden": False,
-        },
-        "gnn_args": {
-            "d_hid": 128,
-            "message_fn_layers": 1,
-            "message_fn_skip_connections": False,
-            "update_node_feats_fn_layers": 1,
-            "update_node_feats_fn_skip_connections": False,
-            "update_edge_attr": True,
-            "dropout": 0.2,
-            "dropout_all": False,
-            "update_as_act": False,
-            "update_as_act_arg": "sum",
-            "mlp_on_io": False,
-            "msg_equiv_on_hidden": True,
-            "upd_equiv_on_hidden": True,
-            "layer_msg_equiv_on_hidden": False,
-            "layer_upd_equiv_on_hidden": False,
-            "msg_num_mlps": 2,
-            "upd_num_mlps": 2,
-            "pos_embed_msg": False,
-            "pos_embed_upd": False,
-            "layer_norm": False,
-            "aggregator": "add",
-            "sign_symmetrization": True,
-        },
-        "mlp_args": {
-            "d_k": [128],
-            "activation": "silu",
-            "dropout": 0.0,
-            "final_activation": "identity",
-            "batch_norm": False,
-            "layer_norm": True,
-            "bias": True,
-            "skip": False,
-        },
-        "readout_args": {"d_out": 10, "d_rho": 128},
+        "graph_init": {},
+        "positional_encodings": {"num_mlps": 3},
+        "gnn_args": {"dropout": 0.2},
+        "mlp_args": {"d_k": [128], "activation": "silu", "layer_norm": True},
+        "readout_args": {"d_out": 10},
     },
     "optimization": {
         "clip_grad": True,
@@ -102,14 +51,7 @@ _NO_EDGE_EMBED = {"data.edge_pos_embed": False, "scalegmn_args.edge_pos_embed": 
 _NO_SKIP = {"scalegmn_args.gnn_skip_connections": False}
 _BIDIRECTIONAL = {"scalegmn_args.direction": "bidirectional"}
 _FULL_GRAPH = {"scalegmn_args.readout_range": "full_graph"}
-_NARROW = {
-    "scalegmn_args.d_hid": 64,
-    "scalegmn_args.gnn_args.d_hid": 64,
-    "scalegmn_args.graph_init.d_node": 64,
-    "scalegmn_args.graph_init.d_edge": 64,
-    "scalegmn_args.mlp_args.d_k": [64],
-    "scalegmn_args.readout_args.d_rho": 64,
-}
+_NARROW = {"scalegmn_args.d_hid": 64, "scalegmn_args.mlp_args.d_k": [64]}
 _SCALE, _HETERO = {"scalegmn_args.symmetry": "scale"}, {"scalegmn_args.symmetry": "hetero"}
 _CNN = {
     **_NO_EDGE_EMBED,

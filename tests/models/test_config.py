@@ -14,8 +14,6 @@ def args(**changes):
     """A small configuration; its widths follow d_hid, so that nothing but the change is unusual."""
     found = copy.deepcopy(published_config("mnist_cls/scalegmn")["scalegmn_args"])
     found.update(layer_layout=[2, 4, 1], d_hid=8, num_layers=2)
-    found["graph_init"].update(d_node=8, d_edge=8)
-    found["gnn_args"]["d_hid"] = found["readout_args"]["d_rho"] = 8
     found["mlp_args"]["d_k"] = [8]
     for path, value in changes.items():
         section, _, key = path.rpartition("__")
@@ -83,7 +81,7 @@ def test_numbers_may_be_strings():
         ({"node_pos_embed": False, "gnn_args__pos_embed_msg": True}, "gnn_args.pos_embed_msg needs node_pos_embed"),
         ({"equivariant": True, "gnn_args__update_edge_attr": False}, "equivariant needs gnn_args.update_edge_attr"),
         ({"graph_init__project_edge_feats": False}, "graph_init.project_edge_feats False needs d_in_e equal to d_edge"),
-        ({"d_hid": None, "graph_init__d_node": None}, "scalegmn_args needs d_hid or graph_init.d_node"),
+        ({"d_hid": None}, "scalegmn_args needs d_hid or graph_init.d_node"),
     ],
 )
 def test_bad_config_is_named(changes, message):
