@@ -1,0 +1,48 @@
+# make demo | test | check | bench     set themselves up in .venv first (python3 >= 3.10, a C++ compiler)
+# make gpu-check                       on a machine with a GPU: uses the python3 it finds, no network
+# Variables: PYTHON (to make .venv with), TORCH (what pip installs), MAX_JOBS (compilers at once).
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+GPU_PYTHON ?= python3
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: install demo test check bench gpu-check clean
+
+install: $(INSTALLED)
+
+# torch first and by itself, so that nothing else chooses its build; then the package with all extras
+$(INSTALLED): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet numpy "setuptools>=77" wheel ninja "cmake>=3.22" pybind11
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,interop,test]"
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/scalegmn-fast check
+
+bench: install
+	$(BIN)/python -m bench.ops
+	$(BIN)/python -m bench.identities
+
+gpu-check:
+	$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+	$(GPU_PYTHON) -m pytest -m "gpu or not gpu" tests/ops tests/kernels tests/graph tests/models
+	$(GPU_PYTHON) -m scalegmn_fast.cli check
+	$(GPU_PYTHON) -m bench.ops --device cuda
+
+clean:
+	rm -rf .venv build dist demo .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info scalegmn_fast/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
