@@ -4,7 +4,7 @@ Fits a small coordinate network (SIREN) to every digit of scikit-learn's bundled
 random starts; trains a ScaleGMN to tell the digit from the network's weights; shows that renaming and flipping hidden
 neurons does not change its answer; times a training step on the reference and the fused backend; draws pictures.
 
-    python examples/demo.py [--out demo]
+    python examples/demo.py [--out runs/demo]
 
 An interrupted demo continues where it was.
 """
@@ -34,7 +34,7 @@ NETWORKS = FitSettings(hidden=(8, 8), w0=(5.0,), steps=200, learning_rate=5e-3, 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="demo", help="directory for networks, checkpoints and pictures (default demo)")
+    parser.add_argument("--out", default="runs/demo", help="directory for networks, checkpoints and pictures (default runs/demo)")
     parser.add_argument("--config", default=str(HERE / "digits.yml"), help="training configuration")
     parser.add_argument("--copies", type=int, default=NETWORKS.copies, help="networks per image")
     parser.add_argument("--images", type=int, help="use the first N images only")
