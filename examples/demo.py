@@ -34,7 +34,7 @@ NETWORKS = FitSettings(hidden=(8, 8), w0=(5.0,), steps=200, learning_rate=5e-3, 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="runs/demo", help="directory for networks, checkpoints and pictures (default runs/demo)")
+    parser.add_argument("--out", default="runs/demo", help="where everything is written (default runs/demo)")
     parser.add_argument("--config", default=str(HERE / "digits.yml"), help="training configuration")
     parser.add_argument("--copies", type=int, default=NETWORKS.copies, help="networks per image")
     parser.add_argument("--images", type=int, help="use the first N images only")
