@@ -44,5 +44,5 @@ gpu-check:
 	$(GPU_PYTHON) -m bench.ops --device cuda
 
 clean:
-	rm -rf .venv build dist demo .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info scalegmn_fast/_C*.so
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info scalegmn_fast/_C*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

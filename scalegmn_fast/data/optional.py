@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 # Packages whose name differs from the module's.
-_PACKAGE = {"PIL": "pillow", "sklearn": "scikit-learn"}
+_PACKAGE = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 def require(module: str, purpose: str, extra: str = "train") -> ModuleType:
