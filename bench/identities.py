@@ -1,0 +1,102 @@
+"""What each exact identity of the plan of work gains: a training step with it, against the step without.
+
+    python -m bench.identities [--batch 16] [--config NAME ...]
+
+Per configuration the plans are timed in turn: none of the identities, all of them, and all but one. The gain of an
+identity is (all but it) / (all). Reference backend and the default one; forward + backward, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import fields, replace
+
+import torch
+
+from bench import harness
+from scalegmn_fast import backend
+from scalegmn_fast.graph import GraphBatch
+from scalegmn_fast.models import from_config, published_config
+from scalegmn_fast.nn import WorkPlan, set_work_plan
+from scalegmn_fast.testing import random_network
+
+CONFIGS = ("mnist_cls/scalegmn", "mnist_cls/scalegmn_bidir", "cifar10/scalegmn_relu", "cifar10/scalegmn_hetero")
+
+
+def training_step(model, batch: int):
+    """A closure that runs forward and backward on one fixed random batch."""
+    options = model.options
+    generator = torch.Generator().manual_seed(0)
+    weights, biases = random_network(
+        options.layout, batch, d_e=options.d_in_e, generator=generator, dtype=torch.float32
+    )
+    mask = torch.arange(batch) % 2 == 0 if options.symmetry == "hetero" else None
+    graph = GraphBatch.from_weights(weights, biases, sign_mask=mask)
+
+    def step():
+        model.zero_grad()
+        out = model(graph)
+        values = [out] if torch.is_tensor(out) else [*out[0], *out[1]]
+        sum(value.square().mean() for value in values).backward()
+
+    return step
+
+
+def measure(name: str, batch: int, seconds: float) -> dict:
+    """One row: medians of every plan, and gains."""
+    model = from_config(published_config(name)).eval()
+    step = training_step(model, batch)
+
+    def with_plan(work: WorkPlan, chosen: str):
+        def run():
+            set_work_plan(model, work)
+            with backend(chosen):
+                step()
+
+        return run
+
+    plans = {"none": WorkPlan.none(), "all": WorkPlan()}
+    plans |= {item.name: replace(WorkPlan(), **{item.name: False}) for item in fields(WorkPlan)}
+    cases = {plan: with_plan(work, "reference") for plan, work in plans.items()}
+    cases["all, fused ops"] = with_plan(WorkPlan(), "auto")
+    times = harness.alternate(cases, seconds=seconds, least=3)
+    return {
+        "benchmark": "identities",
+        "config": name,
+        "batch": batch,
+        "times": {case: harness.summary(values) for case, values in times.items()},
+        "all_against_none": harness.ratio(times["none"], times["all"]),
+        "fused_against_none": harness.ratio(times["none"], times["all, fused ops"]),
+        "gain": {item.name: harness.ratio(times[item.name], times["all"]) for item in fields(WorkPlan)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--config", action="append", help="a published name; repeatable")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per configuration")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = [measure(name, args.batch, args.seconds) for name in args.config or CONFIGS]
+    path = harness.save("identities", rows)
+    names = [item.name for item in fields(WorkPlan)]
+    header = ["configuration", "none (ms)", "all (ms)", "all / none", "with fused ops", *names]
+    body = [
+        [
+            row["config"],
+            f"{row['times']['none']['median_ms']:.0f}",
+            f"{row['times']['all']['median_ms']:.0f}",
+            f"{row['all_against_none']:.2f}x",
+            f"{row['fused_against_none']:.2f}x",
+            *(f"{row['gain'][name]:.2f}x" for name in names),
+        ]
+        for row in rows
+    ]
+    print(harness.table(header, body))
+    print(f"\nbatch {args.batch}; written to {path}")
+
+
+if __name__ == "__main__":
+    main()
