@@ -513,7 +513,8 @@ class Trainer:
             return None
         from scalegmn_fast.data import LayerStatistics
 
-        return LayerStatistics.from_dataset(self.dataset, self.splits["train"])
+        # subtracting a mean would break the sign and scale symmetries, dividing by a number per layer does not
+        return LayerStatistics.from_dataset(self.dataset, self.splits["train"], center=symmetry == "permutation")
 
     def _state(self) -> dict[str, Any]:
         return {
