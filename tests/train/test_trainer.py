@@ -233,7 +233,8 @@ def test_normalisation_statistics_are_those_of_the_training_split(dataset, tmp_p
     assert trainer(dataset, tmp_path / "a").statistics is None
     run = trainer(dataset, tmp_path / "b", changes={"scalegmn_args__symmetry": "permutation"})
     assert run.statistics is not None  # the default of a permutation model
-    assert trainer(dataset, tmp_path / "c", changes={"data__normalize": True}).statistics is not None
+    sign = trainer(dataset, tmp_path / "c", changes={"data__normalize": True}).statistics
+    assert all((mean == 0).all() for mean in (*sign.weight_mean, *sign.bias_mean))  # keeps the sign symmetry
     weights, biases = run.statistics.normalize(*dataset.weights(dataset.split("train")))
     for block in (*weights, *biases):
         assert block.mean().abs() < 1e-5 and abs(block.std().item() - 1) < 0.02
