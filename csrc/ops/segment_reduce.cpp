@@ -42,13 +42,13 @@ void check_index(const at::Tensor& tensor, const char* name, const at::Tensor& x
                     tensor.device());
 }
 
-// ptr is nondecreasing from 0 to at most the number of slots.
 template <class Index>
 void check_ptr(const at::Tensor& ptr) {
   const Index* p = ptr.const_data_ptr<Index>();
-  TORCH_CHECK_VALUE(p[0] == 0, "ptr: expected the first entry to be 0, got ", p[0]);
+  TORCH_CHECK_VALUE(p[0] == 0, "ptr: expected a nondecreasing sequence from 0, got ", p[0], " first");
   for (int64_t s = 1; s < ptr.numel(); ++s) {
-    TORCH_CHECK_VALUE(p[s] >= p[s - 1], "ptr: expected nondecreasing entries, got ", p[s - 1], " before ", p[s]);
+    TORCH_CHECK_VALUE(p[s] >= p[s - 1], "ptr: expected a nondecreasing sequence from 0, got ", p[s], " behind ",
+                      p[s - 1]);
   }
 }
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scalegmn_fast.reference.symmetrize import compute_dtype
@@ -12,37 +13,47 @@ STD_EPS = 1e-5
 
 
 class _Segments:
-    """The slots of the segments: which row of x [R, d] and which segment each one belongs to, and sums over them."""
+    """The slots of the segments: which row of x [R, d] and which segment each one belongs to, and sums over them.
+
+    Without order every row is a slot. Those from ptr[-1] on are in a segment of their own, number S, which is dropped at
+    the end: so no shape depends on what ptr holds.
+    """
 
     def __init__(self, x: Tensor, ptr: Tensor, order: Tensor | None):
-        self.num_segments, self.width = ptr.numel() - 1, x.shape[1]
-        self.num_slots = int(ptr[-1]) if order is None else order.numel()
+        dtype = compute_dtype(x.dtype)
+        ptr = ptr.long()
+        self.num_segments, self.width = ptr.shape[0] - 1, x.shape[1]
         self.order = None if order is None else order.long()
-        self.length = (ptr[1:] - ptr[:-1]).long()
-        self.empty = (self.length == 0)[:, None]
-        self.count = self.length.clamp(min=1).to(compute_dtype(x.dtype))[:, None]
-        self.segment = torch.repeat_interleave(self.length, output_size=self.num_slots)
+        self.rows = (x if order is None else x[self.order]).to(dtype)
+        self.num_slots = self.rows.shape[0]
+        self.slots = torch.arange(self.num_slots, device=x.device)
+        self.segment = torch.searchsorted(ptr, self.slots, right=True) - 1
         self.index = self.segment[:, None].expand(-1, self.width)
-        self.rows = (x[: self.num_slots] if order is None else x[self.order]).to(compute_dtype(x.dtype))
+        length = torch.cat([ptr[1:] - ptr[:-1], self.num_slots - ptr[-1:]])[:, None]
+        self.empty, self.count = length == 0, length.clamp(min=1).to(dtype)
 
     def sum(self, values: Tensor) -> Tensor:
-        """[num_slots, d] -> [S, d]"""
-        return values.new_zeros(self.num_segments, self.width).scatter_add(0, self.index, values)
+        """[num_slots, d] -> [S + 1, d]"""
+        return values.new_zeros(self.num_segments + 1, self.width).scatter_add(0, self.index, values)
 
     def first(self, reduce: str) -> Tensor:
-        """The first slot [S, d] that holds the segment's min or max (or its first NaN); num_slots where it is empty."""
+        """The first slot [S + 1, d] that holds the segment's min or max, or its first NaN; num_slots where empty."""
         rows = self.rows.detach()
-        best = rows.new_zeros(self.num_segments, self.width)
+        best = rows.new_zeros(self.num_segments + 1, self.width)
         best = best.scatter_reduce(0, self.index, rows, "a" + reduce, include_self=False)
-        slots = torch.arange(self.num_slots, device=rows.device)[:, None]
         holds = (rows == best[self.segment]) | rows.isnan()
-        candidates = torch.where(holds, slots, self.num_slots)
+        candidates = torch.where(holds, self.slots[:, None], self.num_slots)
         none = torch.full_like(best, self.num_slots, dtype=torch.long)
         return none.scatter_reduce(0, self.index, candidates, "amin")
 
     def deviations(self) -> Tensor:
         """x minus its segment's mean, for every slot."""
         return self.rows - (self.sum(self.rows) / self.count)[self.segment]
+
+    def var(self) -> Tensor:
+        """[S + 1, d]"""
+        deviations = self.deviations()
+        return self.sum(deviations * deviations) / self.count
 
 
 def _masked_std(var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -56,15 +67,11 @@ def segment_reduce_forward(
 ) -> tuple[Tensor, Tensor]:
     """Out [S, K, d] and arg [S, A, d] (rows of x, in ptr's dtype, -1 for empty segments); see `ops.segment_reduce`."""
     segments = _Segments(x, ptr, order)
-    shape = (segments.num_segments, segments.width)
-    zero = segments.rows.new_zeros(shape)
     total = segments.sum(segments.rows)
-    var = None
+    zero = torch.zeros_like(total)
+    var = segments.var() if "var" in reduce or "std" in reduce else None
     outs, args = [], []
     for name in reduce:
-        if name in ("var", "std") and var is None:
-            deviations = segments.deviations()
-            var = segments.sum(deviations * deviations) / segments.count
         if name == "sum":
             outs.append(total)
         elif name == "mean":
@@ -75,16 +82,17 @@ def segment_reduce_forward(
             std, above = _masked_std(var, eps)
             outs.append(torch.where(above, std, zero))
         else:
-            slot = segments.first(name).clamp(max=max(segments.num_slots - 1, 0))
             if segments.num_slots == 0:
-                value, row = total, slot
+                value, row = total, torch.zeros_like(total, dtype=torch.long)
             else:
+                slot = segments.first(name).clamp(max=segments.num_slots - 1)
                 value = segments.rows.gather(0, slot)
                 row = slot if segments.order is None else segments.order[slot]
             outs.append(torch.where(segments.empty, zero, value))
             args.append(torch.where(segments.empty, torch.full_like(row, -1), row))
-    arg = torch.stack(args, 1) if args else ptr.new_empty(shape[0], 0, shape[1])
-    return torch.stack(outs, 1).to(x.dtype), arg.to(ptr.dtype)
+    out = torch.stack(outs, 1)[:-1]
+    arg = torch.stack(args, 1)[:-1] if args else ptr.new_empty(segments.num_segments, 0, segments.width)
+    return out.to(x.dtype, memory_format=torch.contiguous_format, copy=True), arg.to(ptr.dtype, copy=True)
 
 
 def segment_reduce(
@@ -116,7 +124,7 @@ def segment_reduce_backward(
     In closed form and differentiable in grad and x: mean and deviation are computed from x, so `out` is not needed.
     """
     segments = _Segments(x, ptr, order)
-    g = grad.to(segments.rows.dtype)
+    g = F.pad(grad.to(segments.rows.dtype), (0, 0, 0, 0, 0, 1))  # nothing comes back from the dropped segment
     constant = torch.zeros_like(g[:, 0])  # d out / d x_k = constant + slope * (x_k - mean)
     slope = None
     grad_x = segments.rows.new_zeros(x.shape)
@@ -129,19 +137,17 @@ def segment_reduce_backward(
         elif name in ("min", "max"):
             row = arg[:, num_arg].long()
             num_arg += 1
-            grad_x = grad_x.scatter_add(0, row.clamp(min=0), g[:, k].masked_fill(row < 0, 0)) if len(x) else grad_x
+            if x.shape[0] > 0:
+                grad_x = grad_x.scatter_add(0, row.clamp(min=0), grad[:, k].to(grad_x.dtype).masked_fill(row < 0, 0))
         elif name == "var":
             slope = (0 if slope is None else slope) + 2 * g[:, k] / segments.count
         else:
-            deviations = segments.deviations()
-            std, above = _masked_std(segments.sum(deviations * deviations) / segments.count, eps)
+            std, above = _masked_std(segments.var(), eps)
             scaled = torch.where(above, g[:, k] / (segments.count * std), torch.zeros_like(std))
             slope = (0 if slope is None else slope) + scaled
     slots = constant[segments.segment]
     if slope is not None:
         slots = slots + slope[segments.segment] * segments.deviations()
-    if segments.order is None:
-        index = torch.arange(segments.num_slots, device=x.device)
-    else:
-        index = segments.order
-    return grad_x.scatter_add(0, index[:, None].expand(-1, segments.width), slots).to(x.dtype)
+    slots = slots.masked_fill((segments.segment == segments.num_segments)[:, None], 0)
+    index = (segments.slots if order is None else segments.order)[:, None].expand(-1, segments.width)
+    return grad_x.scatter_add(0, index, slots).to(x.dtype)

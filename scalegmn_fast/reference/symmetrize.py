@@ -121,15 +121,15 @@ def symmetrize_backward(
     """
     dtype = compute_dtype(h.dtype)
     rows, g = h.to(dtype), grad.to(dtype)
-    absent = h.new_empty(0)
+    absent = [h.new_empty(0) for _ in range(3)]
     if kind == "abs":
-        return (g * rows.sign()).to(h.dtype), absent, absent, absent
+        return (g * rows.sign()).to(h.dtype), *absent
     if kind == "normalize":
         norm, zero = _row_norm(rows)
         scale = norm + eps
         along = (g * rows).sum(-1, keepdim=True) / (norm * scale * scale)
         grad_h = torch.where(zero, torch.zeros_like(rows), g / scale - rows * along)
-        return grad_h.to(h.dtype), absent, absent, absent
+        return grad_h.to(h.dtype), *absent
 
     b, weight, shift = (_to(p, dtype) for p in (bias, norm_weight, norm_bias))
     _, derivative = ACTIVATIONS[activation]
@@ -155,7 +155,7 @@ def symmetrize_backward(
         grad_b.append(grad_z.flatten(0, -2).sum(0))
     return (
         sum(grad_h).to(h.dtype),
-        absent if bias is None else sum(grad_b).to(bias.dtype),
-        absent if norm_weight is None else sum(grad_weight).to(norm_weight.dtype),
-        absent if norm_bias is None else sum(grad_shift).to(norm_bias.dtype),
+        absent[0] if bias is None else sum(grad_b).to(bias.dtype),
+        absent[1] if norm_weight is None else sum(grad_weight).to(norm_weight.dtype),
+        absent[2] if norm_bias is None else sum(grad_shift).to(norm_bias.dtype),
     )

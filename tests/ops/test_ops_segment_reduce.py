@@ -57,9 +57,10 @@ def cpu(*tensors):
 def test_result_and_gradient_against_float64(device, lengths, how, dtype, request):
     if dtype == torch.float64 and "triton" in request.node.name:
         pytest.skip("the triton backend refuses float64: test_backends.py")
-    for width in WIDTHS if sum(lengths) < 100 else (5, 128):
+    for width in WIDTHS if lengths == (7,) else (5, 128):
         x, ptr, order = draw(lengths, width, dtype, device, how)
-        for reduce in (*REDUCTIONS, REDUCTIONS, ("max", "mean")):
+        # one by one they give the same bits: test_one_pass_gives_what_single_reductions_give
+        for reduce in (REDUCTIONS, ("max", "mean")):
             lower = torch.float32 if dtype == torch.float64 else dtype
             exact = results(reference.segment_reduce, *cpu(x.double(), ptr, order), reduce)
             eager = results(reference.segment_reduce, x.to(lower), ptr, order, reduce)
@@ -72,7 +73,7 @@ def test_result_and_gradient_against_float64(device, lengths, how, dtype, reques
 @pytest.mark.parametrize("how", ["rows", "permuted", "repeated"])
 @pytest.mark.parametrize("reduce", [*REDUCTIONS, REDUCTIONS])
 def test_derivatives_by_finite_differences(float64_device, reduce, how):
-    x, ptr, order = draw((0, 3, 1, 0, 4), 2, torch.float64, float64_device, how)
+    x, ptr, order = draw((0, 3, 1, 0, 2), 2, torch.float64, float64_device, how)
     x.requires_grad_()
 
     def function(x):
@@ -141,7 +142,10 @@ def test_one_pass_gives_what_single_reductions_give(device):
     together = ops.segment_reduce(x, ptr, REDUCTIONS, order=order)
     assert together.shape == (4, 6, 5)
     for k, name in enumerate(REDUCTIONS):
-        torch.testing.assert_close(together[:, k], ops.segment_reduce(x, ptr, name, order=order), rtol=0, atol=0)
+        out, grad = results(ops.segment_reduce, x, ptr, order, name, torch.ones(4, 5))
+        torch.testing.assert_close(together[:, k], out, rtol=0, atol=0)
+        only = torch.zeros(4, 6, 5).index_fill(1, torch.tensor(k), 1)
+        torch.testing.assert_close(results(ops.segment_reduce, x, ptr, order, REDUCTIONS, only)[1], grad)
 
 
 def test_empty_segments_give_zero_and_no_row(device):
