@@ -98,7 +98,11 @@ def test_a_crash_is_a_failed_row(monkeypatch, capsys):
 def test_what_cannot_be_checked_is_named():
     parser = argparse.ArgumentParser()
     check.configure(parser)
-    with pytest.raises(ValueError, match="no backend to check.*cuda"):
+    with pytest.raises(ValueError, match="nothing to check with: cuda on cpu"):
         check.run(parser.parse_args(["--device", "cpu", "--backend", "cuda"]))
+    with pytest.raises(ValueError, match="nothing to check with: cuda on cpu"):
+        run("--backend", "cuda")
+    with pytest.raises(ValueError, match="reference on nowhere"):
+        check.run(parser.parse_args(["--device", "nowhere", "--backend", "reference"]))
     with pytest.raises(ValueError, match="--model must be one of"):
         run("--model", "mnist_cls/unknown")

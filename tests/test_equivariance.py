@@ -70,7 +70,9 @@ def test_permutation_and_scaling_together(symmetry, direction, head):
         config = random_config(
             random.Random(seed), symmetry=symmetry, direction=direction, equivariant=head == "equivariant", exact=True
         )
-        assert error_of(config, seed, per_neuron=symmetry == "hetero" and seed % 2 == 1) <= TOLERANCE, seed
+        # An edge between a sign and a scale neuron has neither symmetry, which an equivariant net on edges would need.
+        per_neuron = seed % 2 == 1 and not config["positional_encodings"]["equiv_net"]
+        assert error_of(config, seed, per_neuron=per_neuron) <= TOLERANCE, seed
 
 
 @pytest.mark.parametrize("bidirectional_edges", ["reciprocal", "carried"])

@@ -24,8 +24,9 @@ SYMMETRIES = ("sign", "scale", "hetero", "permutation")
 
 
 def random_layout(rng: random.Random, *, max_width: int = 6, max_layers: int = 3) -> list[int]:
-    """Layer sizes with 2 to ``max_layers`` layers of weights, each of 1 to ``max_width`` neurons."""
-    return [rng.randint(1, max_width) for _ in range(rng.randint(2, max_layers) + 1)]
+    """Layer sizes of 1 to ``max_width``; 1 (seldom, then nothing is hidden) to ``max_layers`` layers of weights."""
+    layers = 1 if rng.random() < 0.1 else rng.randint(2, max_layers)
+    return [rng.randint(1, max_width) for _ in range(layers + 1)]
 
 
 def random_weights(
@@ -137,10 +138,9 @@ def random_config(
 
     d = rng.choice((3, 4, 5))
     bidirectional = direction == "bidirectional"
-    hetero = symmetry == "hetero"
     sign_symmetrization = coin()
     # A skip inside an mlp needs equal widths throughout, which only a few models have.
-    skip = not equivariant and not hetero and symmetry != "permutation" and not sign_symmetrization and coin(0.3)
+    skip = not equivariant and symmetry in ("sign", "scale") and not sign_symmetrization and coin(0.3)
 
     def non_hidden_rows() -> dict[str, Any]:
         layer = coin(0.3)
@@ -157,12 +157,8 @@ def random_config(
     aggregators = ["add", "mean", "max"]
     if exact and symmetry in ("sign", "hetero"):
         aggregators.remove("max")
-    edge_pos_embed = coin()
-    equiv_net = coin(0.3)
-    batch_norm = coin(0.2)
-    update_as_act = (not bidirectional and (symmetry == "sign" or not exact) and symmetry != "permutation") and coin(
-        0.2
-    )
+    odd_enough = symmetry == "sign" or (symmetry != "permutation" and not exact)
+    update_as_act = not bidirectional and odd_enough and coin(0.2)
 
     config: dict[str, Any] = {
         "d_in_v": 1,
@@ -176,7 +172,7 @@ def random_config(
         "concat_mlp_directions": not skip and coin(0.3),
         "reciprocal": True,
         "node_pos_embed": coin(0.8),
-        "edge_pos_embed": edge_pos_embed,
+        "edge_pos_embed": coin(),
         "graph_init": {
             "d_in_v": 1,
             "d_in_e": 1,
@@ -189,7 +185,7 @@ def random_config(
             "final_linear_pos_embed": coin(0.3),
             "sum_pos_enc": not exact and coin(0.2),
             "po_as_different_linear": coin(0.3),
-            "equiv_net": equiv_net,
+            "equiv_net": coin(0.3),
             "sum_on_io": coin(0.7),
             "equiv_on_hidden": position["equiv_on_hidden"],
             "num_mlps": position["num_mlps"],
@@ -224,7 +220,7 @@ def random_config(
             "activation": rng.choice(("identity", "elu", "relu", "silu", "tanh", "sigmoid")),
             "dropout": 0.0,
             "final_activation": rng.choice(("identity", "identity", "tanh")),
-            "batch_norm": batch_norm,
+            "batch_norm": coin(0.2),
             "layer_norm": coin(0.7),
             "bias": coin(0.8),
             "skip": skip,
@@ -243,8 +239,11 @@ def random_config(
     config["exact_edge_encoding"] = exact or coin()
     if exact:
         config["canonical_eps"] = 0.0
-        if bidirectional and symmetry in ("scale", "hetero"):
-            config["bidirectional_edges"] = rng.choice(("reciprocal", "carried"))
-    elif bidirectional and symmetry in ("scale", "hetero"):
-        config["bidirectional_edges"] = rng.choice(("original", "reciprocal", "carried"))
+    if bidirectional:
+        kinds = ["original", "reciprocal", "carried"]
+        if exact and symmetry in ("scale", "hetero"):
+            kinds.remove("original")
+        if symmetry == "permutation":
+            kinds.remove("carried")
+        config["bidirectional_edges"] = rng.choice(kinds)
     return config
