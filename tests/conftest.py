@@ -1,6 +1,25 @@
-"""Settings that every test needs before torch is imported."""
+"""Settings of every test: one thread unless it asks for more, no chosen backend, and what `gpu` tests need."""
 
 import os
 
 # Some virtual machines announce AMX and then stop the process at its first instruction, in PyTorch's own bf16 GEMMs.
+# Read when torch is imported.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_chosen_backend(monkeypatch):
+    monkeypatch.delenv("SCALEGMN_FAST_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _gpu_tests_need_a_gpu(request):
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.fail("a test marked `gpu` was selected, and torch sees no CUDA device")
