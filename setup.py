@@ -5,9 +5,9 @@ The build compiles against the torch that the package will run with, so install 
 
 Environment variables:
     SCALEGMN_FAST_NO_EXT=1          install the Python part alone; ops then use Triton (GPU) or the reference (CPU).
-    SCALEGMN_FAST_CUDA=auto|0|1     CUDA kernels: built if nvcc is found (auto, the default), never (0), or required (1).
+    SCALEGMN_FAST_CUDA=auto|0|1     CUDA kernels: if nvcc is found (auto, the default), never (0), or required (1).
                                     torch itself may be a CPU build: no CUDA symbol of torch is needed.
-    SCALEGMN_FAST_CUDA_ARCHS        CMake's CUDA_ARCHITECTURES; default "80-real;90-real;90-virtual" (sm_80, sm_90, PTX).
+    SCALEGMN_FAST_CUDA_ARCHS        CMake's CUDA_ARCHITECTURES; default "80-real;90-real;90-virtual" (and PTX).
     MAX_JOBS                        parallel compiler processes; default: ninja's choice.
 """
 
@@ -56,7 +56,7 @@ class CMakeBuild(build_ext):
         if cuda == "1" and nvcc is None:
             raise SystemExit("SCALEGMN_FAST_CUDA=1: nvcc is neither on PATH nor in /usr/local/cuda/bin")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # not setuptools' build_temp, which editable installs make anew each time: a second install compiles what changed
+        # not setuptools' build_temp, which is new for each editable install: the next one compiles what changed
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{self.plat_name}-torch{torch.__version__}"
         arguments = {
             "CMAKE_BUILD_TYPE": "Release",

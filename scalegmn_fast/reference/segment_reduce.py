@@ -15,8 +15,8 @@ STD_EPS = 1e-5
 class _Segments:
     """The slots of the segments: which row of x [R, d] and which segment each one belongs to, and sums over them.
 
-    Without order every row is a slot. Those from ptr[-1] on are in a segment of their own, number S, which is dropped at
-    the end: so no shape depends on what ptr holds.
+    Without order every row is a slot. Those from ptr[-1] on are in a segment of their own, number S, which is dropped
+    at the end: so no shape depends on what ptr holds.
     """
 
     def __init__(self, x: Tensor, ptr: Tensor, order: Tensor | None):

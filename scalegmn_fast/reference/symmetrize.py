@@ -148,9 +148,7 @@ def symmetrize_backward(
             grad_weight.append((grad_y * normed).flatten(0, -2).sum(0))
             grad_shift.append(grad_y.flatten(0, -2).sum(0))
             grad_n = grad_y * weight
-            grad_z = rstd * (
-                grad_n - grad_n.mean(-1, keepdim=True) - normed * (grad_n * normed).mean(-1, keepdim=True)
-            )
+            grad_z = rstd * (grad_n - grad_n.mean(-1, keepdim=True) - normed * (grad_n * normed).mean(-1, keepdim=True))
         grad_h.append(sign * grad_z)
         grad_b.append(grad_z.flatten(0, -2).sum(0))
     return (
