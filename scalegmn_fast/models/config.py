@@ -347,6 +347,8 @@ def _check(args: dict) -> None:
             "equivariant needs gnn_args.update_edge_attr (new weights are the last edge features), got False"
         )
     if args["symmetry"] == "permutation":
+        if args["bidirectional_edges"] == "carried":
+            raise ValueError("bidirectional_edges 'carried' needs a scaling to carry, got symmetry 'permutation'")
         return
     separate = {
         "msg": gnn["mlp_on_io"] or gnn["layer_msg_equiv_on_hidden"],

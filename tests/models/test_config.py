@@ -65,6 +65,7 @@ def test_numbers_may_be_strings():
         ({"direction": "backward"}, "direction must be one of forward, bidirectional, got 'backward'"),
         ({"gnn_args__aggregator": "median"}, "gnn_args.aggregator must be one of .* got 'median'"),
         ({"mlp_args__activation": "swish"}, "mlp_args.activation must be one of .* got 'swish'"),
+        ({"bidirectional_edges": "carried", "symmetry": "permutation"}, "needs a scaling to carry"),
         ({"bidirectional_edges": "inverse"}, "bidirectional_edges must be one of .* got 'inverse'"),
         ({"gnn_args__msg_num_mlps": 1}, "gnn_args.msg_num_mlps must be 2 or 3 with msg_equiv_on_hidden .* got 1"),
         ({"gnn_args__upd_num_mlps": 4}, "gnn_args.upd_num_mlps must be one of 1, 2, 3, got 4"),
