@@ -1,0 +1,115 @@
+"""What is installed: metadata, commands, and what the compiled module holds."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import scalegmn_fast
+from scalegmn_fast import backends, info
+
+
+def compiled():
+    module, reason = backends.compiled_module()
+    assert module is not None, reason
+    return module
+
+
+def test_version_is_the_installed_one():
+    assert importlib.metadata.version("scalegmn_fast") == scalegmn_fast.__version__
+
+
+def test_kernels_are_installed_as_a_part_of_the_package():
+    spec = importlib.util.find_spec("scalegmn_fast.kernels")
+    assert spec is not None
+    assert {"symmetrize.py", "segment_reduce.py"} <= {path.name for path in Path(spec.origin).parent.iterdir()}
+
+
+def test_build_info_names_versions_module_and_choices():
+    found = scalegmn_fast.build_info()
+    assert found["torch"] == torch.__version__
+    assert found["compiled"]["available"] and found["compiled"]["torch"] == torch.__version__
+    assert found["compiled"]["cpu_isa"] in found["compiled"]["cpu_isas"]
+    assert found["auto"] == {
+        op: {device: found["auto"][op][device] for device in found["devices"]} for op in backends.OPS
+    }
+    assert all(choice["cpu"] == "cpp" for choice in found["auto"].values())
+
+
+def test_info_prints_it(capsys):
+    parser = argparse.ArgumentParser()
+    info.configure(parser)
+    assert info.run(parser.parse_args([])) == 0
+    text = capsys.readouterr().out
+    assert f"scalegmn_fast {scalegmn_fast.__version__}" in text and "symmetrize: cpu -> cpp" in text
+    assert info.run(parser.parse_args(["--json"])) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(scalegmn_fast.build_info()))
+
+
+def test_the_module_needs_no_symbol_of_a_cuda_build_of_torch():
+    nm = shutil.which("nm")
+    assert nm is not None, "nm (binutils) comes with the compiler that built the module"
+    undefined = subprocess.run([nm, "-D", "--undefined-only", compiled().__file__], capture_output=True, text=True)
+    symbols = undefined.stdout.split()
+    assert "_ZN2at11accelerator16getCurrentStreamEa" in symbols or not compiled().build_info()["cuda_archs"]
+    foreign = [s for s in symbols if re.search(r"N3c104cuda|N2at4cuda|^cuda|^cu[A-Z]|^__cuda", s)]
+    assert not foreign
+
+
+def cuobjdump():
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = importlib.util.find_spec("triton")
+        found = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else None
+    assert found is not None and Path(found).exists(), "cuobjdump comes with CUDA's toolkit and with triton"
+    return str(found)
+
+
+def test_cuda_kernels_are_in_the_module():
+    archs = compiled().build_info()["cuda_archs"]
+    if not archs:
+        pytest.skip("the module was built where nvcc was absent: it holds no CUDA kernels to look at")
+    listing = subprocess.run(
+        [cuobjdump(), "--list-elf", "--list-ptx", compiled().__file__], capture_output=True, text=True, check=True
+    ).stdout
+    stems = len(backends.OPS)  # one .cu file each
+    for arch in archs:
+        number, _, what = arch.partition("-")
+        if what in ("", "real"):
+            assert listing.count(f"sm_{number}.cubin") >= stems, (arch, listing)
+        if what in ("", "virtual"):
+            assert listing.count(f"sm_{number}.ptx") >= stems, (arch, listing)
+
+
+def test_every_op_is_registered_for_both_devices():
+    compiled()
+    for op in backends.OPS:
+        for name in (op, f"{op}_backward"):
+            kernel = f"scalegmn_fast_native::{name}"
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(kernel, "CPU")
+            built = bool(compiled().build_info()["cuda_archs"])
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(kernel, "CUDA") == built
+
+
+def test_one_stem_in_every_folder():
+    root = Path(__file__).parent.parent
+    for op in backends.OPS:
+        for path in (
+            f"csrc/ops/{op}.h",
+            f"csrc/ops/{op}.cpp",
+            f"csrc/common/{op}.h",
+            f"csrc/cpu/{op}.cpp",
+            f"csrc/cuda/{op}.cu",
+            f"kernels/{op}.py",
+            f"scalegmn_fast/ops/{op}.py",
+            f"scalegmn_fast/reference/{op}.py",
+            f"tests/ops/test_ops_{op}.py",
+        ):
+            assert (root / path).is_file(), path
