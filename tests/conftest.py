@@ -9,9 +9,19 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import scalegmn_fast  # noqa: E402
 
-def pytest_configure(config):
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors are fastest on one thread; a test that asks for more leaves one behind."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def reference_backend():
+    with scalegmn_fast.backend("reference"):
+        yield
 
 
 @pytest.fixture(autouse=True)

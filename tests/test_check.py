@@ -15,14 +15,6 @@ from scalegmn_fast.models import published_names
 MODEL = "mnist_cls/scalegmn"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
     check.configure(parser)

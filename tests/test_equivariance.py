@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-import scalegmn_fast
 from scalegmn_fast.graph import GraphBatch
 from scalegmn_fast.models import from_config
 from scalegmn_fast.testing import (
@@ -21,19 +20,13 @@ from scalegmn_fast.testing import (
 )
 
 TOLERANCE = 1e-10
-pytestmark = pytest.mark.filterwarnings("ignore:not exactly equivariant")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:not exactly equivariant"),
+    pytest.mark.usefixtures("reference_backend"),
+]
 SYMMETRIES = ("sign", "scale", "hetero", "permutation")
 DIRECTIONS = ("forward", "bidirectional")
 HEADS = ("invariant", "equivariant")
-
-
-@pytest.fixture(autouse=True)
-def one_thread_on_the_reference():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with scalegmn_fast.backend("reference"):
-        yield
-    torch.set_num_threads(threads)
 
 
 def case(config, seed, *, symmetry=None, permute=True, per_neuron=False, batch=2):

@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import scalegmn_fast
 from scalegmn_fast.graph import GraphBatch
 from scalegmn_fast.models import from_config
 from scalegmn_fast.reference.scalegmn import scalegmn
@@ -25,16 +24,10 @@ from scalegmn_fast.testing import (
 
 VECTORS = sorted((Path(__file__).parent / "golden" / "scalegmn").glob("*.npz"))
 TOLERANCE = 1e-10
-pytestmark = pytest.mark.filterwarnings("ignore:not exactly equivariant")
-
-
-@pytest.fixture(autouse=True)
-def one_thread_on_the_reference():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with scalegmn_fast.backend("reference"):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:not exactly equivariant"),
+    pytest.mark.usefixtures("reference_backend"),
+]
 
 
 def as_list(out):

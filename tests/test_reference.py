@@ -15,14 +15,6 @@ TOLERANCE = 1e-10
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(vector):
     """Outputs, and the leaves whose gradients the vector holds."""
     state = {name: t.clone().requires_grad_(t.is_floating_point()) for name, t in vector.state.items()}

@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 
-from scalegmn_fast import backend
 from scalegmn_fast.graph import GraphBatch
 from scalegmn_fast.models import ScaleGMNConfig, from_config
 from scalegmn_fast.testing import random_network, relative_error
 
 LAYOUT = [2, 5, 4, 3]
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def model_of(**options):
@@ -22,12 +22,6 @@ def model_of(**options):
 def batch_of(layout=LAYOUT, count=3, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     return GraphBatch.from_weights(*random_network(layout, count, generator=generator), **options)
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with backend("reference"):
-        yield
 
 
 @pytest.mark.parametrize("readout", ["last_layer", "full_graph"])
