@@ -33,6 +33,35 @@ void store_row(T* row, const A* values, int64_t width) {
   }
 }
 
+// The sums over a row of what term(i, terms) sets. Lanes are summed side by side and then in pairs, so that the order, and
+// with it the bits, do not depend on the instruction set.
+template <int N, class A, class Term>
+inline __attribute__((always_inline)) void row_sums(int64_t width, A (&sums)[N], Term term) {
+  constexpr int lanes = 32;
+  A parts[N][lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= width; i += lanes) {
+#pragma omp simd
+    for (int k = 0; k < lanes; ++k) {
+      A terms[N];
+      term(i + k, terms);
+      for (int n = 0; n < N; ++n) parts[n][k] += terms[n];
+    }
+  }
+  for (int k = 0; i + k < width; ++k) {
+    A terms[N];
+    term(i + k, terms);
+    for (int n = 0; n < N; ++n) parts[n][k] += terms[n];
+  }
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    for (int n = 0; n < N; ++n) {
+#pragma omp simd
+      for (int k = 0; k < half; ++k) parts[n][k] += parts[n][k + half];
+    }
+  }
+  for (int n = 0; n < N; ++n) sums[n] = parts[n][0];
+}
+
 template <class A>
 struct Parameters {
   int64_t width;
@@ -48,18 +77,17 @@ struct Spread {
 // h - mean + bias and bias - (h - mean) are the two centred branches (bias has mean 0).
 template <class A>
 Spread<A> spread(const A* h, const Parameters<A>& p) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < p.width; ++i) sum += h[i];
-  const A mean = sum / A(p.width);
-  A plus = 0, minus = 0;
-#pragma omp simd reduction(+ : plus, minus)
-  for (int64_t i = 0; i < p.width; ++i) {
+  A sum[1], squares[2];
+  row_sums(p.width, sum, [=](int64_t i, A(&terms)[1]) { terms[0] = h[i]; });
+  const A mean = sum[0] / A(p.width);
+  const A* bias = p.bias;
+  row_sums(p.width, squares, [=](int64_t i, A(&terms)[2]) {
     const A x = h[i] - mean;
-    plus += (p.bias[i] + x) * (p.bias[i] + x);
-    minus += (p.bias[i] - x) * (p.bias[i] - x);
-  }
-  return {mean, A(1) / square_root(plus / A(p.width) + p.eps), A(1) / square_root(minus / A(p.width) + p.eps)};
+    terms[0] = (bias[i] + x) * (bias[i] + x);
+    terms[1] = (bias[i] - x) * (bias[i] - x);
+  });
+  return {mean, A(1) / square_root(squares[0] / A(p.width) + p.eps),
+          A(1) / square_root(squares[1] / A(p.width) + p.eps)};
 }
 
 template <Activation activation, class A>
@@ -109,24 +137,21 @@ void activation_backward(const A* grad, const A* h, A* grad_h, A* sums, A* scrat
     grad_plus[i] = g_plus * p.weight[i];
     grad_minus[i] = g_minus * p.weight[i];
   }
-  // apart from the loop above, which compilers do not vectorise with reductions in it
-  A plus_sum = 0, minus_sum = 0, plus_product = 0, minus_product = 0;
-#pragma omp simd reduction(+ : plus_sum, minus_sum, plus_product, minus_product)
-  for (int64_t i = 0; i < width; ++i) {
+  A means[4];
+  row_sums(width, means, [=, bias = p.bias](int64_t i, A(&terms)[4]) {
     const A x = h[i] - s.mean;
-    plus_sum += grad_plus[i];
-    minus_sum += grad_minus[i];
-    plus_product += grad_plus[i] * ((p.bias[i] + x) * s.rstd_plus);
-    minus_product += grad_minus[i] * ((p.bias[i] - x) * s.rstd_minus);
-  }
-  const A n = A(width);
-  plus_sum /= n, minus_sum /= n, plus_product /= n, minus_product /= n;
+    terms[0] = grad_plus[i];
+    terms[1] = grad_minus[i];
+    terms[2] = grad_plus[i] * ((bias[i] + x) * s.rstd_plus);
+    terms[3] = grad_minus[i] * ((bias[i] - x) * s.rstd_minus);
+  });
+  for (A& mean : means) mean /= A(width);
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
     const A x = h[i] - s.mean;
     const A plus = (p.bias[i] + x) * s.rstd_plus, minus = (p.bias[i] - x) * s.rstd_minus;
-    const A z_plus = standardize_backward(grad_plus[i], plus, s.rstd_plus, plus_sum, plus_product);
-    const A z_minus = standardize_backward(grad_minus[i], minus, s.rstd_minus, minus_sum, minus_product);
+    const A z_plus = standardize_backward(grad_plus[i], plus, s.rstd_plus, means[0], means[2]);
+    const A z_minus = standardize_backward(grad_minus[i], minus, s.rstd_minus, means[1], means[3]);
     bias_sum[i] += z_plus + z_minus;
     grad_h[i] = z_plus - z_minus;
   }
@@ -166,10 +191,9 @@ A largest_magnitude(const A* h, int64_t width) {
 
 template <class A>
 A scaled_norm(const A* h, A factor, int64_t width) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; ++i) sum += (h[i] * factor) * (h[i] * factor);
-  return square_root(sum);
+  A sum[1];
+  row_sums(width, sum, [=](int64_t i, A(&terms)[1]) { terms[0] = (h[i] * factor) * (h[i] * factor); });
+  return square_root(sum[0]);
 }
 
 template <class A>
@@ -187,10 +211,9 @@ void normalize_backward(const A* grad, const A* h, A* grad_h, int64_t width, A e
   const A norm = scaled_norm(h, factor, width);
   const A scale = normalize_scale(norm, factor, eps);
   const A to_unit = norm == A(0) ? A(0) : factor / norm;
-  A along = 0;
-#pragma omp simd reduction(+ : along)
-  for (int64_t i = 0; i < width; ++i) along += grad[i] * (h[i] * to_unit);
-  along *= norm * scale;
+  A product[1];
+  row_sums(width, product, [=](int64_t i, A(&terms)[1]) { terms[0] = grad[i] * (h[i] * to_unit); });
+  const A along = product[0] * (norm * scale);
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) grad_h[i] = (grad[i] - h[i] * to_unit * along) * (scale * factor);
 }
