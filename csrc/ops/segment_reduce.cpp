@@ -3,10 +3,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/sort.h>
-#include <ATen/ops/zeros_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -62,7 +61,7 @@ void check_order(const at::Tensor& order, int64_t rows) {
 
 SegmentReduceArgs prepare(const at::Tensor& x, const at::Tensor& ptr, const std::optional<at::Tensor>& order,
                           const c10::List<std::string>& reduce, double eps) {
-  check_rows(x, "x");
+  TORCH_CHECK_VALUE(x.dim() == 2, "x: expected rows [R, d], got shape ", x.sizes());
   check_index(ptr, "ptr", x);
   TORCH_CHECK_VALUE(ptr.numel() >= 1, "ptr: expected shape [S + 1], got ", ptr.sizes());
   TORCH_CHECK_VALUE(!reduce.empty() && reduce.size() <= max_reductions, "reduce: expected 1 to ", max_reductions,
@@ -209,6 +208,7 @@ std::tuple<at::Tensor, at::Tensor> segment_reduce(const at::Tensor& x, const at:
                                                   const std::optional<at::Tensor>& order,
                                                   const c10::List<std::string>& reduce, double eps) {
   const c10::DeviceGuard guard(x.device());
+  check_rows(x, "x");
   SegmentReduceArgs args = prepare(x, ptr, order, reduce, eps);
   at::Tensor out = at::empty({args.segments, args.num_reductions, args.width}, x.options());
   at::Tensor arg = at::empty({args.segments, args.min + args.max, args.width}, ptr.options());
@@ -229,8 +229,9 @@ at::Tensor segment_reduce_backward(const at::Tensor& grad, const at::Tensor& x, 
   TORCH_CHECK_VALUE(arg.is_contiguous() && arg.numel() == args.segments * (args.min + args.max) * args.width &&
                         arg.scalar_type() == ptr.scalar_type(),
                     "arg: expected what forward returned, got ", arg.scalar_type(), " of shape ", arg.sizes());
-  if (x.numel() == 0 || args.segments == 0 || args.slots == 0) return at::zeros_like(x);
-  at::Tensor grad_x = at::empty_like(x);
+  if (args.moments) check_rows(x, "x");
+  if (x.numel() == 0 || args.segments == 0 || args.slots == 0) return at::zeros(x.sizes(), x.options());
+  at::Tensor grad_x = at::empty(x.sizes(), x.options());
   const auto wide = x.options().dtype(wide_of(x));
   at::Tensor means;
   if (args.moments) {

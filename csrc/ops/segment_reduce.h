@@ -10,7 +10,8 @@
 // Accumulates in float, in double for float64. Deterministic: the order of every sum follows from the arguments.
 //
 // segment_reduce_backward: gradient for x. Rows in no slot get 0, rows in several slots the sum in slot order. `arg` is
-// forward's; `out` is not read, mean and variance are computed again (unrounded). x is read only for var and std.
+// forward's; `out` is not read, mean and variance are computed again (unrounded). x is read, and has to be contiguous,
+// only for var and std.
 #pragma once
 
 #include <ATen/core/List.h>

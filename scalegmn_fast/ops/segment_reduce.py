@@ -42,12 +42,16 @@ def _forward_fake(x, ptr, order, reduce, eps):
     return x.new_empty(segments, len(reduce), width), arg
 
 
+def _reads_rows(reduce: Sequence[str]) -> bool:
+    """Whether backward needs the values of x, and not only its shape, dtype and device."""
+    return any(name in MOMENTS for name in reduce)
+
+
 def _backward(grad, x, ptr, order, arg, out, reduce, eps):
     kernel = backends.implementation("segment_reduce", "backward", x)
+    x = x.contiguous() if _reads_rows(reduce) else x
     order = None if order is None else order.contiguous()
-    return kernel(
-        grad.contiguous(), x.contiguous(), ptr.contiguous(), order, arg.contiguous(), out.contiguous(), reduce, eps
-    )
+    return kernel(grad.contiguous(), x, ptr.contiguous(), order, arg.contiguous(), out.contiguous(), reduce, eps)
 
 
 def _backward_fake(grad, x, ptr, order, arg, out, reduce, eps):
@@ -73,6 +77,8 @@ def _save(ctx, inputs, output):
     x, ptr, order, ctx.reduce, ctx.eps = inputs
     out, arg = output
     ctx.mark_non_differentiable(arg)
+    if not _reads_rows(ctx.reduce):
+        x = x.new_zeros(1, 1).expand(x.shape)  # one element instead of R x d
     ctx.save_for_backward(x, ptr, order, arg, out)
 
 
@@ -158,10 +164,11 @@ def segment_reduce(
             CPU tensors; on a GPU, where looking would wait for the device, the caller answers for them.
         scalegmn_fast.backends.BackendError: the backend chosen explicitly cannot serve the call.
 
-    Gradients: rows in no slot get 0, rows in several slots the sum in slot order; that of min and max goes to the first
-    of equal slots. Deterministic: every sum has an order that the arguments alone decide. Second derivatives
-    differentiate the reference's formula. Source: the multi-aggregation of Corso et al., "Principal Neighbourhood
-    Aggregation for Graph Nets", NeurIPS 2020, on segments.
+    Backward keeps x for "var" and "std" alone. Gradients: rows in no slot get 0, rows in several slots the sum in slot
+    order; that of min and max goes to the first of equal slots. Deterministic: every sum has an order that the arguments
+    alone decide. Second derivatives differentiate the reference's formula.
+    Source: the multi-aggregation of Corso et al., "Principal Neighbourhood Aggregation for Graph Nets", NeurIPS
+    2020, on segments.
     """
     names = [reduce] if isinstance(reduce, str) else list(reduce)
     _check(x, ptr, names, order, eps)

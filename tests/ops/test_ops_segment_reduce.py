@@ -215,6 +215,16 @@ def test_std_is_zero_with_zero_gradient_up_to_eps(device):
     assert ops.segment_reduce(x, pointers((2, 2, 1), device), "std", eps=0.0)[0] > 0
 
 
+@pytest.mark.parametrize(("reduce", "keeps"), [(("sum", "mean", "min", "max"), False), ("var", True), ("std", True)])
+def test_backward_keeps_the_rows_only_if_it_reads_them(device, reduce, keeps):
+    x, ptr, order = draw((3, 700), 33, torch.float32, device, "permuted")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.segment_reduce(x.requires_grad_(), ptr, reduce, order=order)
+    largest = max(t.untyped_storage().nbytes() for t in saved if t.is_floating_point())
+    assert (largest >= x.nbytes) == keeps
+
+
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_every_element_is_written(device, lengths):
     x, ptr, order = draw(lengths, 33, torch.float32, device, "permuted")
