@@ -165,8 +165,8 @@ def segment_reduce(
         scalegmn_fast.backends.BackendError: the backend chosen explicitly cannot serve the call.
 
     Backward keeps x for "var" and "std" alone. Gradients: rows in no slot get 0, rows in several slots the sum in slot
-    order; that of min and max goes to the first of equal slots. Deterministic: every sum has an order that the arguments
-    alone decide. Second derivatives differentiate the reference's formula.
+    order; that of min and max goes to the first of equal slots. Deterministic: every sum has an order that the
+    arguments alone decide. Second derivatives differentiate the reference's formula.
     Source: the multi-aggregation of Corso et al., "Principal Neighbourhood Aggregation for Graph Nets", NeurIPS
     2020, on segments.
     """
