@@ -1,13 +1,10 @@
 # make demo | test | check | bench     set themselves up in .venv first (python3 >= 3.10, a C++ compiler)
 # make gpu-check                       on a machine with a GPU: uses the python3 it finds, no network
-# Variables: PYTHON (to make .venv with), TORCH (what pip installs), MAX_JOBS (compilers at once); see setup.py for more.
-# Without an NVIDIA GPU, PyTorch's index of CPU builds is asked too: its build wins over the usual one for Linux, which
-# brings gigabytes of CUDA libraries. Where it cannot be reached, pip goes on with what else it knows.
+# Variables: PYTHON (to make .venv with), TORCH (what pip installs, options included), MAX_JOBS (compilers at once);
+# see setup.py for more. A torch that is already in .venv is kept.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-TORCH_FLAGS ?= $(if $(shell command -v nvidia-smi),,--retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX))
 GPU_PYTHON ?= python3
 
 BIN := .venv/bin
@@ -21,7 +18,7 @@ install: $(INSTALLED)
 # torch first and by itself, so that nothing else chooses its build; then the package with all extras
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH_FLAGS) "$(TORCH)"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet numpy "setuptools>=77" wheel ninja "cmake>=3.22" pybind11
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,interop,test]"
 	touch $@
