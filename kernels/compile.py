@@ -7,6 +7,7 @@ alignments and options; `compile_all` compiles them, `usage` reads what one need
 import concurrent.futures
 import dataclasses
 import itertools
+import multiprocessing
 import re
 import subprocess
 import tempfile
@@ -181,21 +182,40 @@ def _source(build):
     return ASTSource(kernel, signature, constants, attributes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Compiled code by stage ("ttir", "ptx", "cubin", ...), and what its launch needs."""
+
+    asm: dict
+    shared: int
+    warps: int
+
+
 def compile_build(build, architecture):
-    """Triton's compiled kernel (its `asm` and `metadata`) for compute capability `architecture`: 80, 90 or 100."""
+    """The `Compiled` form of a build for compute capability `architecture`: 80, 90 or 100."""
     options = {name: value for name, value in build.constants if name in OPTIONS}
-    return triton.compile(_source(build), target=GPUTarget("cuda", architecture, 32), options=options)
+    kernel = triton.compile(_source(build), target=GPUTarget("cuda", architecture, 32), options=options)
+    return Compiled(dict(kernel.asm), kernel.metadata.shared, kernel.metadata.num_warps)
+
+
+def _from_scratch(folder):
+    """What a compiling process starts with: a cache of its own, and no line numbers in the code."""
+    triton.knobs.cache.dir = folder
+    triton.knobs.compilation.disable_line_info = True
 
 
 def compile_all(builds, jobs):
-    """{(build, architecture): compiled kernel} for all architectures, from scratch, `jobs` at a time."""
+    """{(build, architecture): `Compiled`} for all architectures, from scratch, in `jobs` processes.
+
+    Not in threads: Triton parses source text, and CPython 3.11's parser counts its recursion for all threads together.
+    """
     pairs = list(itertools.product(builds, ARCHITECTURES))
-    knobs = triton.knobs
-    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope():
-        knobs.cache.dir = folder
-        knobs.compilation.disable_line_info = True
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            return dict(zip(pairs, pool.map(lambda pair: compile_build(*pair), pairs), strict=True))
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ProcessPoolExecutor(jobs, spawn, _from_scratch, (folder,)) as pool,
+    ):
+        return dict(zip(pairs, pool.map(compile_build, *zip(*pairs, strict=True), chunksize=4), strict=True))
 
 
 def usage(compiled):
@@ -206,5 +226,4 @@ def usage(compiled):
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
-    metadata = compiled.metadata
-    return Usage(found["REG"], found["STACK"] + found["LOCAL"], metadata.shared, metadata.num_warps)
+    return Usage(found["REG"], found["STACK"] + found["LOCAL"], compiled.shared, compiled.warps)
