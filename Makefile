@@ -37,6 +37,7 @@ check: install
 bench: install
 	$(BIN)/python -m bench.ops
 	$(BIN)/python -m bench.identities
+	$(BIN)/python -m bench.report
 
 gpu-check:
 	$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .

@@ -86,12 +86,12 @@ def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
     return 2 * source.numel() * 4 / statistics.median(times)
 
 
-def save(name: str, rows: list[dict], **ceilings: float) -> Path:
-    """Write the rows of a benchmark, with the machine and its ceilings, to ``bench/results/<name>.json``."""
+def save(name: str, rows: list[dict], **ceilings: float) -> dict:
+    """Write a benchmark's rows, with the machine and its ceilings, to ``bench/results/<name>.json``; returns it all."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **ceilings, "rows": rows}, indent=1) + "\n")
-    return path
+    data = {"machine": machine(), **ceilings, "rows": rows}
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    return data
 
 
 def table(header: list[str], rows: list[list]) -> str:

@@ -72,6 +72,25 @@ def measure(name: str, batch: int, seconds: float) -> dict:
     }
 
 
+def page(data: dict) -> str:
+    """The rows as a Markdown table."""
+    names = [item.name for item in fields(WorkPlan)]
+    header = ["configuration", "batch", "none (ms)", "all (ms)", "none / all", "none / fused", *names]
+    body = [
+        [
+            row["config"],
+            row["batch"],
+            f"{row['times']['none']['median_ms']:.0f}",
+            f"{row['times']['all']['median_ms']:.0f}",
+            f"{row['all_against_none']:.2f}x",
+            f"{row['fused_against_none']:.2f}x",
+            *(f"{row['gain'][name]:.2f}x" for name in names),
+        ]
+        for row in data["rows"]
+    ]
+    return harness.table(header, body)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=16)
@@ -80,22 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = [measure(name, args.batch, args.seconds) for name in args.config or CONFIGS]
-    path = harness.save("identities", rows)
-    names = [item.name for item in fields(WorkPlan)]
-    header = ["configuration", "none (ms)", "all (ms)", "all / none", "with fused ops", *names]
-    body = [
-        [
-            row["config"],
-            f"{row['times']['none']['median_ms']:.0f}",
-            f"{row['times']['all']['median_ms']:.0f}",
-            f"{row['all_against_none']:.2f}x",
-            f"{row['fused_against_none']:.2f}x",
-            *(f"{row['gain'][name]:.2f}x" for name in names),
-        ]
-        for row in rows
-    ]
-    print(harness.table(header, body))
-    print(f"\nbatch {args.batch}; written to {path}")
+    print(page(harness.save("identities", rows)))
 
 
 if __name__ == "__main__":

@@ -92,21 +92,8 @@ def measure(rows: int, width: int, device: str, backends: list[str], bandwidth: 
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--width", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--seconds", type=float, default=2.0, help="per op, direction and size")
-    args = parser.parse_args()
-    on_gpu = args.device.startswith("cuda")
-    backends = ["reference", "triton", "cuda"] if on_gpu else ["reference", "cpp"]
-    bandwidth = harness.copy_bandwidth(device=args.device)
-    rows = []
-    for width in args.width:
-        rows += measure(args.rows, width, args.device, backends, bandwidth, args.seconds)
-    name = torch.cuda.get_device_name().replace(" ", "-") if on_gpu else "ops"
-    path = harness.save(name, rows, copy_bandwidth=bandwidth)
+def page(data: dict) -> str:
+    """The rows as a Markdown table."""
     header = [
         "op",
         "direction",
@@ -128,10 +115,27 @@ def main() -> None:
             f"{row['median_ms'] / row['floor_ms']:.1f}",
             f"{row['against_reference']:.2f}x",
         ]
-        for row in rows
+        for row in data["rows"]
     ]
-    print(harness.table(header, body))
-    print(f"\n{args.rows} rows; copy bandwidth {bandwidth / 1e9:.1f} GB/s; written to {path}")
+    caption = f"{data['rows'][0]['rows']} rows, float32; copy bandwidth {data['copy_bandwidth'] / 1e9:.1f} GB/s."
+    return f"{harness.table(header, body)}\n\n{caption}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--width", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--seconds", type=float, default=2.0, help="per op, direction and size")
+    args = parser.parse_args()
+    on_gpu = args.device.startswith("cuda")
+    backends = ["reference", "triton", "cuda"] if on_gpu else ["reference", "cpp"]
+    bandwidth = harness.copy_bandwidth(device=args.device)
+    rows = []
+    for width in args.width:
+        rows += measure(args.rows, width, args.device, backends, bandwidth, args.seconds)
+    name = torch.cuda.get_device_name().replace(" ", "-") if on_gpu else "ops"
+    print(page(harness.save(name, rows, copy_bandwidth=bandwidth)))
 
 
 if __name__ == "__main__":
