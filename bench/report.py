@@ -30,9 +30,9 @@ SECTIONS = (
         "identities",
         identities.page,
         "The exact identities",
-        "`python -m bench.identities`. A training step (forward and backward, float32) with none of the identities of "
-        "the plan of work, with all, and with all plus the fused ops. The last columns are what the step costs without "
-        "one identity, over the step with all.",
+        "`python -m bench.identities`. A training step (forward and backward, float32): on the reference backend with "
+        "none and with all of the identities of the plan of work, and with all of them and the fused ops (none / "
+        "fused). The last columns are what that last step costs without one identity, over the step with all.",
     ),
 )
 
