@@ -206,7 +206,10 @@ def _masked(parts, classes: RowClasses, branches: dict) -> Tensor:
 
 
 def by_symmetry(partition: bool, rows: Rows, classes: RowClasses, sign, scale) -> Tensor:
-    """hetero: ``sign(rows) -> [R, d]`` on rows with the sign symmetry, ``scale`` on the others."""
+    """hetero: ``sign`` on rows with the sign symmetry, ``scale`` on the others; [R, d].
+
+    Both are called as ``f(rows, chosen)``: the rows, and their int64 numbers among all rows (None: all of them).
+    """
     sign_rows, scale_rows = classes.sign_rows()
     if not partition:
         mask = torch.zeros(count(rows), 1, dtype=torch.bool, device=sign_rows.device).index_fill(0, sign_rows, True)
