@@ -15,15 +15,22 @@ from scalegmn_fast.data import PackedDataset, canonicalize, evaluate_inrs, write
 LAYOUTS = [(2, 4, 3, 1), (1, 3, 2), (3, 2, 2, 2, 2), (2, 5, 1)]
 
 
-def random_networks(rng, layout, batch, spread, w0, boundaries=True):
-    """Networks whose phases range over several periods; some biases, weights and neurons at the named boundaries."""
+def random_networks(rng, layout, batch, spread, w0, boundaries=True, margin=0.0):
+    """Networks whose phases range over several periods; some biases, weights and neurons at the named boundaries.
+
+    Other phases keep ``margin`` away from the ends of the canonical range: nearer than the roundings of a shifted copy
+    it is not defined which of the two representatives a neuron has.
+    """
     weights, biases = [], []
     for layer, (n_in, n_out) in enumerate(zip(layout, layout[1:], strict=False)):
         weight = torch.from_numpy(rng.normal(size=(batch, n_in, n_out)) / math.sqrt(n_in))
         bias = torch.from_numpy(rng.uniform(-spread, spread, size=(batch, n_out)))
         if boundaries:
             w0_layer = w0[min(layer, len(w0) - 1)]
-            ends = torch.from_numpy(rng.integers(-6, 7, size=(batch, n_out))).double() * (math.pi / 2 / w0_layer)
+            quarter = math.pi / 2 / w0_layer
+            beyond = bias - quarter * (bias / quarter).round()
+            bias = torch.where(beyond.abs() * w0_layer < margin, bias + 2 * margin / w0_layer, bias)
+            ends = torch.from_numpy(rng.integers(-6, 7, size=(batch, n_out))).double() * quarter
             bias = torch.where(torch.from_numpy(rng.random((batch, n_out)) < 0.3), ends, bias)
             bias = torch.where(torch.from_numpy(rng.random((batch, n_out)) < 0.15), 0.0, bias)
             dead = torch.from_numpy(rng.random((batch, 1, n_out)) < 0.1)
@@ -97,7 +104,7 @@ def test_equivalent_networks_become_equal_and_keep_their_function(seed, layout, 
 def test_float32_networks(seed, activation):
     rng = np.random.default_rng(seed)
     w0 = [30.0, 30.0]
-    double = random_networks(rng, (2, 6, 5, 1), 8, 0.3, w0)
+    double = random_networks(rng, (2, 6, 5, 1), 8, 0.3, w0, margin=1e-3)
     moved = transformed(rng, *double, w0, activation)
     single, moved = ([[t.float() for t in part] for part in networks] for networks in (double, moved))
     options = {"activation": activation, "normalize_scale": activation == "relu"}
