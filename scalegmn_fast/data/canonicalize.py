@@ -18,8 +18,8 @@ Canonical representatives:
 - A neuron with w = 0 and b = 0 is constantly 0, whatever its outgoing weights are: they become 0.
 
 Limit: a phase that is neither at an end nor clearly away from it, about those 64 roundings off, can count as the end in
-one version and not in a shifted one, whose bias is rounded more coarsely; the two then differ by a sign. The function is
-unchanged either way.
+one version and not in a shifted one, whose bias is rounded more coarsely; the two then differ by a sign. The function
+is unchanged either way.
 
 Layers are taken from the input to the output, so that a layer is canonical before the next one reads its signs.
 """
