@@ -9,7 +9,9 @@ Backward: a lane owns a row of x, finds the segments of the row's slots by bisec
 contributions in slot order; the work per row is the same however long the segments are.
 
 Deterministic: no atomics, and every order of summation depends on ptr alone. Variances use Welford's update within a
-lane and the merge of (count, mean, sum of squared deviations) between lanes and chunks, so nothing cancels.
+lane and the merge of (count, mean, sum of squared deviations) between lanes and chunks, so nothing cancels. They are
+taken of x minus the segment's first row (the pivot): that mean has the size of the deviations, so gradients of var and
+std are as accurate far from 0 as near it. The mean of x minus the pivot is the reduction "offset", internal here.
 """
 
 import torch
@@ -51,7 +53,7 @@ def arg_position(name, reduce):
 def partial_fields(reduce):
     """Numbers per column that describe a part of a segment: sum; mean, sum of squared deviations; -min; max."""
     names = set(reduce.split(" "))
-    return bool(names & {"sum", "mean"}) + 2 * bool(names & {"var", "std"}) + len(names & {"min", "max"})
+    return bool(names & {"sum", "mean"}) + 2 * bool(names & {"var", "std", "offset"}) + len(names & {"min", "max"})
 
 
 @triton.jit
@@ -74,19 +76,28 @@ def _exceeds(value, best, best_at):
 
 
 @triton.jit
+def _pivot(x, order, slot, mask, some, col, width, HAS_ORDER: tl.constexpr, ACC: tl.constexpr):
+    """The rows [lanes, columns] of the slots [lanes]; 0 where not `some`."""
+    row = slot
+    if HAS_ORDER:
+        row = tl.load(order + slot, mask=some, other=0).to(tl.int64)
+    return tl.load(x + row[:, None] * width + col[None, :], mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
 def _scan(
-    x, order, first, length, col, width, STRIDE: tl.constexpr,
+    x, order, start_of, first, length, col, width, STRIDE: tl.constexpr,
     REDUCE: tl.constexpr, HAS_ORDER: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Lane i reduces the slots first[i] + k STRIDE, 0 <= k < length[i].
+    """Lane i reduces the slots first[i] + k STRIDE, 0 <= k < length[i], of the segment whose first slot is start_of[i].
 
-    Returns tiles [lanes, columns]: sum; mean and sum of squared deviations; -min and the k it was first seen at; max
-    and its k. The k are -1 for empty lanes; what REDUCE does not need is left at its initial value.
+    Returns tiles [lanes, columns]: sum; mean of x - pivot and sum of squared deviations; -min and the k it was first
+    seen at; max and its k. The k are -1 for empty lanes; what REDUCE does not need is left at its initial value.
     """
     LANES: tl.constexpr = first.shape[0]
     COLS: tl.constexpr = col.shape[0]
     SUM: tl.constexpr = has("sum mean", REDUCE)
-    MOMENTS: tl.constexpr = has("var std", REDUCE)
+    MOMENTS: tl.constexpr = has("var std offset", REDUCE)
     MIN: tl.constexpr = has("min", REDUCE)
     MAX: tl.constexpr = has("max", REDUCE)
     total = tl.zeros([LANES, COLS], ACC)
@@ -97,6 +108,9 @@ def _scan(
     high = tl.zeros([LANES, COLS], ACC)
     high_at = tl.full([LANES, COLS], -1, tl.int32)
     col_mask = (col < width)[None, :]
+    if MOMENTS:
+        some = length > 0
+        pivot = _pivot(x, order, start_of, some[:, None] & col_mask, some, col, width, HAS_ORDER, ACC)
     for start in range(0, tl.max(length), UNROLL):
         for step in tl.static_range(UNROLL):
             k = start + step
@@ -109,9 +123,10 @@ def _scan(
             if SUM:
                 total += value
             if MOMENTS:
-                delta = value - mean
+                shifted = value - pivot
+                delta = shifted - mean
                 mean += tl.where(valid, delta / (k + 1), 0.0)
-                squares += tl.where(valid, delta * (value - mean), 0.0)
+                squares += tl.where(valid, delta * (shifted - mean), 0.0)
             if MIN:
                 better = valid & _exceeds(-value, low, low_at)
                 low = tl.where(better, -value, low)
@@ -156,11 +171,11 @@ def _store_best(to, arg_to, order, value, slot, mask, HAS_ORDER: tl.constexpr):
 
 @triton.jit
 def _store_segments(
-    out, arg, order, segment, length, mask, col, width, total, squares, low, low_slot, high, high_slot,
+    out, arg, order, segment, length, mask, col, width, total, mean, squares, low, low_slot, high, high_slot,
     REDUCE: tl.constexpr, EPS: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Writes out [S, K, d] and arg [S, A, d] of the segments [lanes] from the reduced tiles [lanes, columns]."""
-    K: tl.constexpr = how_many("sum mean min max var std", REDUCE)
+    K: tl.constexpr = how_many("sum mean min max var std offset", REDUCE)
     A: tl.constexpr = how_many("min max", REDUCE)
     to = out + segment[:, None] * (K * width) + col[None, :]
     arg_to = arg + segment[:, None] * (A * width) + col[None, :]
@@ -169,6 +184,8 @@ def _store_segments(
         tl.store(to + position("sum", REDUCE) * width, total.to(out.dtype.element_ty), mask=mask)
     if has("mean", REDUCE):
         tl.store(to + position("mean", REDUCE) * width, (total / n).to(out.dtype.element_ty), mask=mask)
+    if has("offset", REDUCE):
+        tl.store(to + position("offset", REDUCE) * width, mean.to(out.dtype.element_ty), mask=mask)
     var = squares / n
     if has("var", REDUCE):
         tl.store(to + position("var", REDUCE) * width, var.to(out.dtype.element_ty), mask=mask)
@@ -197,14 +214,14 @@ def segments_kernel(
     length = tl.load(ptr + segment + 1, mask=inside, other=0).to(tl.int64) - begin
     mine = inside & (length <= CHUNK)
     length = tl.where(mine, length, 0).to(tl.int32)
-    total, _, squares, low, low_at, high, high_at = _scan(
-        x, order, begin, length, col, width, 1, REDUCE, HAS_ORDER, ACC, UNROLL
+    total, mean, squares, low, low_at, high, high_at = _scan(
+        x, order, begin, begin, length, col, width, 1, REDUCE, HAS_ORDER, ACC, UNROLL
     )
     low_slot = tl.where(low_at < 0, -1, begin[:, None] + low_at)
     high_slot = tl.where(high_at < 0, -1, begin[:, None] + high_at)
     mask = mine[:, None] & (col < width)[None, :]
     _store_segments(
-        out, arg, order, segment, length, mask, col, width, total, squares, low, low_slot, high, high_slot,
+        out, arg, order, segment, length, mask, col, width, total, mean, squares, low, low_slot, high, high_slot,
         REDUCE, EPS, HAS_ORDER,
     )  # fmt: skip
 
@@ -231,12 +248,13 @@ def chunks_kernel(
         begin = tl.load(ptr + segment).to(tl.int64)
         end = tl.load(ptr + segment + 1).to(tl.int64)
         if (end - begin > CHUNK) & ((part % 2 == 0) | (begin > chunk_begin)):
+            lane = tl.arange(0, BLOCK_LANES)
+            start_of = begin + lane * 0
             begin = tl.maximum(begin, chunk_begin)
             end = tl.minimum(end, chunk_end)
-            lane = tl.arange(0, BLOCK_LANES)
             length = tl.maximum((end - begin).to(tl.int32) - lane + (BLOCK_LANES - 1), 0) // BLOCK_LANES
             total, mean, squares, low, low_at, high, high_at = _scan(
-                x, order, begin + lane, length, col, width, BLOCK_LANES, REDUCE, HAS_ORDER, ACC, UNROLL
+                x, order, start_of, begin + lane, length, col, width, BLOCK_LANES, REDUCE, HAS_ORDER, ACC, UNROLL
             )
             FIELDS: tl.constexpr = partial_fields(REDUCE)
             to = partial + part * (FIELDS * width) + col[None, :]
@@ -244,7 +262,7 @@ def chunks_kernel(
             if has("sum mean", REDUCE):
                 tl.store(to, tl.sum(total, 0, keep_dims=True), mask=col_mask)
                 to += width
-            if has("var std", REDUCE):
+            if has("var std offset", REDUCE):
                 mean, squares = _fold_moments(length.to(ACC)[:, None], mean, squares)
                 tl.store(to, mean, mask=col_mask)
                 tl.store(to + width, squares, mask=col_mask)
@@ -301,7 +319,7 @@ def merge_kernel(
                 if has("sum mean", REDUCE):
                     total += tl.load(at, mask=mask, other=0.0)
                     at += width
-                if has("var std", REDUCE):
+                if has("var std offset", REDUCE):
                     length = tl.minimum((piece + 1) * CHUNK, end) - piece_begin
                     added = tl.where(valid, length[:, None], 0).to(ACC)
                     share = added / tl.maximum(n + added, 1.0)
@@ -326,8 +344,8 @@ def merge_kernel(
                     high = tl.where(better, value, high)
                     high_slot = tl.where(better, slot, high_slot)
             total = tl.sum(total, 0, keep_dims=True)
-            if has("var std", REDUCE):
-                _, squares = _fold_moments(n, mean, squares)
+            if has("var std offset", REDUCE):
+                mean, squares = _fold_moments(n, mean, squares)
             if has("min", REDUCE):
                 low, low_slot = _fold_best(low, low_slot)
             if has("max", REDUCE):
@@ -335,17 +353,17 @@ def merge_kernel(
             own = segment + tl.zeros([1], tl.int64)
             _store_segments(
                 out, arg, order, own, end - begin + tl.zeros([1], tl.int64), col_mask, col, width,
-                total, squares, low, low_slot, high, high_slot, REDUCE, EPS, HAS_ORDER,
+                total, mean, squares, low, low_slot, high, high_slot, REDUCE, EPS, HAS_ORDER,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "segments", "steps"])
 def backward_kernel(
-    grad, x, ptr, row_slots, row_ptr, arg, moments, grad_x, rows, segments, steps, width,
+    grad, x, ptr, order, row_slots, row_ptr, arg, moments, grad_x, rows, segments, steps, width,
     REDUCE: tl.constexpr, EPS: tl.constexpr, HAS_ORDER: tl.constexpr, ACC: tl.constexpr,
     BLOCK_LANES: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """grad_x [rows, d]: a lane per row. moments [S, 2, d]: mean and var.
+    """grad_x [rows, d]: a lane per row. moments [S, 2, d]: offset and var.
 
     With an order, row_slots [row_ptr[r] : row_ptr[r + 1]] are the slots of row r, ascending; without, slot r is row r.
     """
@@ -394,7 +412,9 @@ def backward_kernel(
             previous = segment
         if has("var std", REDUCE):
             from_moments = moments + segment[:, None] * (2 * width) + col[None, :]
-            centred = (value - tl.load(from_moments, mask=here, other=0.0)) / n
+            first = tl.load(ptr + segment).to(tl.int64)
+            pivot = _pivot(x, order, first, here, used, col, width, HAS_ORDER, ACC)
+            centred = ((value - pivot) - tl.load(from_moments, mask=here, other=0.0)) / n
             if has("var", REDUCE):
                 cotangent = tl.load(from_grad + position("var", REDUCE) * width, mask=here, other=0.0).to(ACC)
                 result += tl.where(here, 2.0 * cotangent * centred, 0.0)
@@ -467,7 +487,7 @@ def segment_reduce_backward(grad, x, ptr, order, arg, out, reduce, eps):
 
     Args: as in `segment_reduce`; grad [S, K, d] contiguous. Returns the gradient of x [R, d] in x's dtype: 0 for rows
     in no slot, the sum over its slots, in their order, for a row that `order` repeats (one lane adds them up: a row
-    repeated very often is slow). `out` is not read: mean and variance are computed again, unrounded. Does not wait for
+    repeated very often is slow). `out` is not read: the moments are computed again, unrounded. Does not wait for
     the device.
     """
     reduce = tuple(reduce)
@@ -478,7 +498,7 @@ def segment_reduce_backward(grad, x, ptr, order, arg, out, reduce, eps):
     moments = row_slots = row_ptr = None
     if {"var", "std"} & set(reduce):
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-        moments, _ = _reduce(x, ptr, order, ("mean", "var"), eps, acc)
+        moments, _ = _reduce(x, ptr, order, ("offset", "var"), eps, acc)
     if order is not None:
         ordered, row_slots = torch.sort(order, stable=True)
         row_ptr = torch.searchsorted(ordered, torch.arange(rows + 1, dtype=order.dtype, device=x.device))
@@ -486,7 +506,7 @@ def segment_reduce_backward(grad, x, ptr, order, arg, out, reduce, eps):
     grid = (triton.cdiv(rows, tile["BLOCK_LANES"]), triton.cdiv(width, tile["BLOCK_COLS"]))
     with torch.cuda.device_of(x):
         backward_kernel[grid](
-            grad, x, ptr, row_slots, row_ptr, arg, moments, grad_x, rows, segments, segments.bit_length(), width,
+            grad, x, ptr, order, row_slots, row_ptr, arg, moments, grad_x, rows, segments, segments.bit_length(), width,
             REDUCE=" ".join(reduce), EPS=eps, HAS_ORDER=order is not None, ACC=accumulator_type(x.dtype), **tile,
         )  # fmt: skip
     return grad_x

@@ -167,16 +167,19 @@ def op_cases(seed: int = 0) -> Iterator[OpCase]:
     alternating = 2.0 - 4.0 * (torch.arange(int(ptr[-1])) % 2)
     for d in (128, 33):
         slots = alternating[:, None] + 0.5 * randn(int(ptr[-1]), d).tanh()
-        for reduce in (*names, names):
+        # Moments also of rows far from 0, about which the mean is rounded by more than the deviations are.
+        for reduce, distance in (*((reduce, 0.0) for reduce in (*names, names)), ("var", 2000.0), ("std", 2000.0)):
             for how in (None, order):
-                x = slots if how is None else torch.empty_like(slots).index_copy(0, order, slots)
+                x = slots + distance
+                x = x if how is None else torch.empty_like(x).index_copy(0, order, x)
 
                 def reduced(module, x, reduce=reduce, how=how):
                     index = None if how is None else how.to(x.device)
                     return module.segment_reduce(x, ptr.to(x.device), reduce, order=index)
 
                 label = reduce if isinstance(reduce, str) else "all six at once"
-                yield OpCase("segment_reduce", f"{label}{'' if how is None else ' +order'} d={d}", (x,), reduced)
+                label += f"{' far from 0' if distance else ''}{'' if how is None else ' +order'}"
+                yield OpCase("segment_reduce", f"{label} d={d}", (x,), reduced)
 
 
 def check_ops(places: Sequence[tuple[str, str]], *, seed: int = 0) -> Iterator[Row]:

@@ -18,6 +18,9 @@ enum class Reduction { sum, mean, min, max, var, std };
 constexpr int64_t segment_cell = 512;
 constexpr int max_reductions = 6;
 
+// Moments are taken of x - pivot, pivot being the segment's first row: their mean, the offset, has the size of the deviations
+// and not of x, so neither var nor its gradient loses accuracy however far from 0 the rows lie.
+//
 // Rows are contiguous. Index is int32_t, or int64_t if wide_index; Wide is what Scalar accumulates in.
 struct SegmentReduceArgs {
   int64_t rows, width, segments;
@@ -33,12 +36,12 @@ struct SegmentReduceArgs {
   const void* order;  // Index [slots], or null: slot k is row k
   void* out;          // [segments, num_reductions, width]
   void* arg;          // Index [segments, min + max, width], in the order of the names
-  void* means;        // Wide [segments, 2, width]: instead of out and arg, the mean and the variance
-  void* partial;      // Wide [cells, 2, 5, width]: sum, mean, squared deviations, min, max of a cell's pieces
+  void* means;        // Wide [segments, 2, width]: instead of out and arg, the offset and the variance (see below)
+  void* partial;      // Wide [cells, 2, 5, width]: sum, offset, squared deviations, min, max of a cell's pieces
   void* partial_at;   // int64 [cells, 2, 2, width]: slots of min and max
   // backward
   const void* grad;             // [segments, num_reductions, width]
-  const void* coefficients;     // Wide [segments, 3 or 1, width]: constant, slope, mean, or constant alone
+  const void* coefficients;     // Wide [segments, 3 or 1, width]: constant, slope, pivot, or constant alone
   const void* segment_of_slot;  // Index [slots], -1 for slots of no segment (CUDA)
   const void* row_ptr;          // Index [rows + 1] and
   const void* row_slots;        // Index [slots]: slots of each row, ascending; null: slot k is row k
@@ -71,22 +74,23 @@ SCALEGMN_HD int64_t segment_holding(const Index* ptr, int64_t segments, int64_t 
   return first_at(ptr, segments, slot + 1) - 1;
 }
 
-// Slots [begin, end) of a long segment in a cell; begin = end if there is no such piece.
+// Slots [begin, end) in a cell of a long segment that starts at slot `start`; begin = end if there is no such piece.
 template <class Index>
-SCALEGMN_HD void piece_of_cell(const Index* ptr, int64_t segments, int64_t cell, int part, int64_t& begin,
-                               int64_t& end) {
+SCALEGMN_HD void piece_of_cell(const Index* ptr, int64_t segments, int64_t cell, int part, int64_t& start,
+                               int64_t& begin, int64_t& end) {
   const int64_t first = cell * segment_cell, last = first + segment_cell - 1, slots = ptr[segments];
   const int64_t slot = part == 0 ? first : last;
-  begin = end = 0;
+  start = begin = end = 0;
   if (slot >= slots) return;
   const int64_t segment = segment_holding(ptr, segments, slot);
   const int64_t from = ptr[segment], to = ptr[segment + 1];
   if (to - from <= segment_cell || (part == 0) != (from < first)) return;
+  start = from;
   begin = part == 0 ? first : from;
   end = to <= last ? to : last + 1;
 }
 
-// Welford's update with the n-th value.
+// Welford's update with the n-th value (less the pivot).
 template <class A>
 SCALEGMN_HD void add_moments(A& mean, A& squares, A value, A inverse_n) {
   const A difference = value - mean;

@@ -19,16 +19,24 @@ struct Accumulator {
         most_at(slots + width) {}
 };
 
-template <class T, class Index, class A>
-void accumulate(const SegmentReduceArgs& args, int64_t begin, int64_t end, const Accumulator<A>& to) {
-  const int64_t width = args.width;
+template <class T, class Index>
+const T* row_of_slot(const SegmentReduceArgs& args, int64_t slot) {
   const Index* order = static_cast<const Index*>(args.order);
+  return static_cast<const T*>(args.x) + int64_t(order ? order[slot] : slot) * args.width;
+}
+
+// Slots [begin, end) of the segment whose first slot is `first`.
+template <class T, class Index, class A>
+void accumulate(const SegmentReduceArgs& args, int64_t first, int64_t begin, int64_t end, const Accumulator<A>& to) {
+  const int64_t width = args.width;
+  const T* pivot = begin < end ? row_of_slot<T, Index>(args, first) : nullptr;
   for (int64_t slot = begin; slot < end; ++slot) {
-    const T* row = static_cast<const T*>(args.x) + int64_t(order ? order[slot] : slot) * width;
+    const T* row = row_of_slot<T, Index>(args, slot);
     if (slot == begin) {
       for (int64_t i = 0; i < width; ++i) {
         const A value = load(row[i]);
-        to.sum[i] = to.mean[i] = to.least[i] = to.most[i] = value;
+        to.sum[i] = to.least[i] = to.most[i] = value;
+        to.mean[i] = value - load(pivot[i]);
         to.squares[i] = value - value;  // 0, or NaN where a deviation from the mean is
         to.least_at[i] = to.most_at[i] = slot;
       }
@@ -41,7 +49,7 @@ void accumulate(const SegmentReduceArgs& args, int64_t begin, int64_t end, const
     if (args.moments) {
       const A inverse_n = A(1) / A(slot - begin + 1);
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) add_moments(to.mean[i], to.squares[i], A(load(row[i])), inverse_n);
+      for (int64_t i = 0; i < width; ++i) add_moments(to.mean[i], to.squares[i], A(load(row[i])) - load(pivot[i]), inverse_n);
     }
     if (args.min) {
 #pragma omp simd
@@ -139,14 +147,14 @@ void cells_forward(const SegmentReduceArgs& args, int64_t begin, int64_t end, do
   for (int64_t s = first_at(ptr, args.segments, first); s < args.segments && ptr[s] < last; ++s) {
     const int64_t n = ptr[s + 1] - ptr[s];
     if (n > segment_cell) continue;
-    accumulate<T, Index>(args, ptr[s], ptr[s + 1], local);
+    accumulate<T, Index>(args, ptr[s], ptr[s], ptr[s + 1], local);
     finish<T, Index>(args, s, n, local);
   }
   for (int64_t cell = begin; cell < end; ++cell) {
     for (int part = 0; part < 2; ++part) {
-      int64_t from, to;
-      piece_of_cell(ptr, args.segments, cell, part, from, to);
-      if (from < to) accumulate<T, Index>(args, from, to, piece<A>(args, cell, part));
+      int64_t first, from, to;
+      piece_of_cell(ptr, args.segments, cell, part, first, from, to);
+      if (from < to) accumulate<T, Index>(args, first, from, to, piece<A>(args, cell, part));
     }
   }
 }
@@ -178,14 +186,11 @@ void coefficients(const SegmentReduceArgs& args, int64_t begin, int64_t end, dou
   const A eps = A(args.eps);
   for (int64_t s = begin; s < end; ++s) {
     A* constant = static_cast<A*>(const_cast<void*>(args.coefficients)) + s * fields * width;
-    A *slope = constant + width, *mean = slope + width;
+    A *slope = constant + width, *pivot = slope + width;
     const A* moments = static_cast<const A*>(args.means) + s * 2 * width;
     const A n = A(ptr[s + 1] - ptr[s]);
     for (int64_t i = 0; i < fields * width; ++i) constant[i] = 0;
     if (n == A(0)) continue;
-    if (args.moments) {
-      for (int64_t i = 0; i < width; ++i) mean[i] = moments[i];
-    }
     for (int k = 0; k < args.num_reductions; ++k) {
       const T* grad = static_cast<const T*>(args.grad) + (s * args.num_reductions + k) * width;
       switch (args.reductions[k]) {
@@ -209,6 +214,13 @@ void coefficients(const SegmentReduceArgs& args, int64_t begin, int64_t end, dou
           break;  // min and max: in the rows, by arg
       }
     }
+    if (args.moments) {
+      const T* first = row_of_slot<T, Index>(args, ptr[s]);
+      for (int64_t i = 0; i < width; ++i) {
+        constant[i] -= slope[i] * moments[i];
+        pivot[i] = load(first[i]);
+      }
+    }
   }
 }
 
@@ -220,9 +232,9 @@ void add_slot(const SegmentReduceArgs& args, int64_t s, int64_t row, bool again,
   const T* x = static_cast<const T*>(args.x) + row * width;
   const A* constant = static_cast<const A*>(args.coefficients) + s * (args.moments ? 3 : 1) * width;
   if (args.moments) {
-    const A *slope = constant + width, *mean = slope + width;
+    const A *slope = constant + width, *pivot = slope + width;
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) total[i] += constant[i] + slope[i] * (load(x[i]) - mean[i]);
+    for (int64_t i = 0; i < width; ++i) total[i] += constant[i] + slope[i] * (load(x[i]) - pivot[i]);
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) total[i] += constant[i];

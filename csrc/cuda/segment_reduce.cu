@@ -17,11 +17,14 @@ struct Accumulator {
   int64_t least_at[V], most_at[V];
 };
 
+// Slots [begin, end) of the segment whose first slot is `first`.
 template <class T, class Index, int V, class A>
-__device__ void accumulate(const SegmentReduceArgs& args, int64_t begin, int64_t end, int64_t column,
+__device__ void accumulate(const SegmentReduceArgs& args, int64_t first, int64_t begin, int64_t end, int64_t column,
                            Accumulator<A, V>& to) {
   const T* x = static_cast<const T*>(args.x) + column;
   const Index* order = static_cast<const Index*>(args.order);
+  A pivot[V] = {};
+  if (args.moments && begin < end) load_pack<V>(x + int64_t(order ? order[first] : first) * args.width, pivot);
   for (int64_t slot = begin; slot < end; ++slot) {
     A value[V];
     load_pack<V>(x + int64_t(order ? order[slot] : slot) * args.width, value);
@@ -30,13 +33,14 @@ __device__ void accumulate(const SegmentReduceArgs& args, int64_t begin, int64_t
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       if (start) {
-        to.sum[i] = to.mean[i] = to.least[i] = to.most[i] = value[i];
+        to.sum[i] = to.least[i] = to.most[i] = value[i];
+        to.mean[i] = value[i] - pivot[i];
         to.squares[i] = value[i] - value[i];  // 0, or NaN where a deviation from the mean is
         to.least_at[i] = to.most_at[i] = slot;
         continue;
       }
       to.sum[i] += value[i];
-      if (args.moments) add_moments(to.mean[i], to.squares[i], value[i], inverse_n);
+      if (args.moments) add_moments(to.mean[i], to.squares[i], value[i] - pivot[i], inverse_n);
       if (args.min && below(value[i], to.least[i])) to.least[i] = value[i], to.least_at[i] = slot;
       if (args.max && above(value[i], to.most[i])) to.most[i] = value[i], to.most_at[i] = slot;
     }
@@ -102,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(const SegmentReduceA
   const int64_t begin = ptr[segment], end = ptr[segment + 1];
   if (end - begin > segment_cell) return;
   Accumulator<A, V> total{};
-  accumulate<T, Index, V>(args, begin, end, column, total);
+  accumulate<T, Index, V>(args, begin, begin, end, column, total);
   finish<T, Index, V>(args, segment, end - begin, column, total);
 }
 
@@ -154,11 +158,11 @@ __global__ void __launch_bounds__(kThreads) pieces_kernel(const SegmentReduceArg
   if (item >= 2 * cells || column >= args.width) return;
   const int64_t cell = item / 2;
   const int part = int(item % 2);
-  int64_t begin, end;
-  piece_of_cell(static_cast<const Index*>(args.ptr), args.segments, cell, part, begin, end);
+  int64_t first, begin, end;
+  piece_of_cell(static_cast<const Index*>(args.ptr), args.segments, cell, part, first, begin, end);
   if (begin == end) return;
   Accumulator<A, V> total{};
-  accumulate<T, Index, V>(args, begin, end, column, total);
+  accumulate<T, Index, V>(args, first, begin, end, column, total);
   Piece<A>(args, cell, part, column).write(total);
 }
 
@@ -214,9 +218,12 @@ __global__ void coefficients_kernel(const SegmentReduceArgs args, void* coeffici
   }
   A* to = static_cast<A*>(coefficients) + segment * (args.moments ? 3 : 1) * width + column;
   to[0] = constant;
-  if (args.moments) {
+  if (args.moments && n > A(0)) {
+    const Index* order = static_cast<const Index*>(args.order);
+    const int64_t first = order ? order[ptr[segment]] : ptr[segment];
+    to[0] -= slope * moments[0];
     to[width] = slope;
-    to[2 * width] = moments[0];
+    to[2 * width] = load(static_cast<const T*>(args.x)[first * width + column]);
   }
 }
 
@@ -231,11 +238,11 @@ __device__ void add_slot(const SegmentReduceArgs& args, int64_t segment, int64_t
 #pragma unroll
   for (int i = 0; i < V; ++i) total[i] += constant[i];
   if (args.moments) {
-    A slope[V], mean[V];
+    A slope[V], pivot[V];
     load_pack<V>(coefficients + width, slope);
-    load_pack<V>(coefficients + 2 * width, mean);
+    load_pack<V>(coefficients + 2 * width, pivot);
 #pragma unroll
-    for (int i = 0; i < V; ++i) total[i] += slope[i] * (x[i] - mean[i]);
+    for (int i = 0; i < V; ++i) total[i] += slope[i] * (x[i] - pivot[i]);
   }
   if (again) return;
   const Index* arg = static_cast<const Index*>(args.arg) + segment * (args.min + args.max) * width + column;

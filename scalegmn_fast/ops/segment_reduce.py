@@ -164,9 +164,6 @@ def segment_reduce(
             CPU tensors; on a GPU, where looking would wait for the device, the caller answers for them.
         scalegmn_fast.backends.BackendError: the backend chosen explicitly cannot serve the call.
 
-    Limit: gradients of var and std are taken about the rounded mean, so their relative error grows with |mean| / std of
-    a short segment, beyond that of autograd through the formula (100 times at 100).
-
     Backward keeps x for "var" and "std" alone. Gradients: rows in no slot get 0, rows in several slots the sum in slot
     order; that of min and max goes to the first of equal slots. Deterministic: every sum has an order that the
     arguments alone decide. Second derivatives differentiate the reference's formula.

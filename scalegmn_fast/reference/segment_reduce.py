@@ -47,8 +47,14 @@ class _Segments:
         return none.scatter_reduce(0, self.index, candidates, "amin")
 
     def deviations(self) -> Tensor:
-        """x minus its segment's mean, for every slot."""
-        return self.rows - (self.sum(self.rows) / self.count)[self.segment]
+        """x minus its segment's mean, for every slot.
+
+        Twice: what the mean lost in rounding, which far from 0 is large against the deviations, goes the second time.
+        """
+        deviations = self.rows
+        for _ in range(2):
+            deviations = deviations - (self.sum(deviations) / self.count)[self.segment]
+        return deviations
 
     def var(self) -> Tensor:
         """[S + 1, d]"""

@@ -207,6 +207,20 @@ def test_variance_does_not_cancel(device):
     torch.testing.assert_close(far, near, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("how", ["rows", "permuted", "repeated"])
+@pytest.mark.parametrize("spread", [1.0, 0.1, 0.01, 0.001])
+def test_moments_far_from_zero(device, spread, how):
+    """Mean 1 and deviation `spread`, short and long segments: as accurate as autograd through the formula."""
+    for lengths in LENGTHS.values():
+        x, ptr, order = draw(lengths, 33, torch.float64, device, how)
+        x = (1 + spread * x).float()
+        exact = results(reference.segment_reduce, *cpu(x.double(), ptr, order), ("var", "std"), eps=0.0)
+        eager = results(reference.segment_reduce, x, ptr, order, ("var", "std"), eps=0.0)
+        actual = results(ops.segment_reduce, x, ptr, order, ("var", "std"), eps=0.0)
+        for name, a, e, r in zip(("result", "gradient"), actual, eager, exact, strict=True):
+            assert_close_to_float64(a, e, r, ulps=32, name=f"{name} at spread {spread}")
+
+
 def test_std_is_zero_with_zero_gradient_up_to_eps(device):
     x = torch.tensor([[1.0], [1.001], [0.0], [2.0], [4.0]], device=device)
     out, grad = results(ops.segment_reduce, x, pointers((2, 2, 1), device), None, "std", torch.ones(3, 1), eps=1e-5)
