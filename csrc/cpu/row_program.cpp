@@ -1,0 +1,759 @@
+#include "cpu/row_program.h"
+
+#include "common/symmetrize.h"
+
+namespace scalegmn::SCALEGMN_ISA {
+namespace {
+
+constexpr double layer_norm_eps = 1e-5;
+
+// -- elementwise ------------------------------------------------------------------------------------------------------
+
+template <Activation activation, class A>
+inline __attribute__((always_inline)) A value_and_derivative(A y, A w0, A& derivative) {
+  if constexpr (activation == Activation::silu) {
+    const A s = logistic(y), value = y * s;
+    derivative = s + value * (A(1) - s);
+    return value;
+  } else if constexpr (activation == Activation::sigmoid) {
+    const A s = logistic(y);
+    derivative = s * (A(1) - s);
+    return s;
+  } else if constexpr (activation == Activation::tanh) {
+    const A t = hyperbolic_tangent(y);
+    derivative = A(1) - t * t;
+    return t;
+  } else {
+    derivative = activate_derivative(activation, y, w0);
+    return activate(activation, y, w0);
+  }
+}
+
+template <Activation activation, class A>
+inline __attribute__((always_inline)) A value_alone(A y, A w0) {
+  if constexpr (activation == Activation::silu) return y * logistic(y);
+  return activate(activation, y, w0);
+}
+
+template <class F>
+inline __attribute__((always_inline)) void with_activation(Activation activation, F function) {
+  switch (activation) {
+    case Activation::identity:
+      return function.template operator()<Activation::identity>();
+    case Activation::relu:
+      return function.template operator()<Activation::relu>();
+    case Activation::elu:
+      return function.template operator()<Activation::elu>();
+    case Activation::silu:
+      return function.template operator()<Activation::silu>();
+    case Activation::tanh:
+      return function.template operator()<Activation::tanh>();
+    case Activation::sigmoid:
+      return function.template operator()<Activation::sigmoid>();
+    case Activation::sine:
+      return function.template operator()<Activation::sine>();
+  }
+}
+
+template <class A, class Term>
+inline __attribute__((always_inline)) A row_sum(int64_t width, Term term) {
+  A total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < width; ++i) total += term(i);
+  return total;
+}
+
+template <class A>
+struct Moments {
+  A mean, rstd;
+};
+
+template <class A>
+inline __attribute__((always_inline)) Moments<A> moments(const A* x, int64_t width) {
+  const A mean = row_sum<A>(width, [=](int64_t i) { return x[i]; }) / A(width);
+  const A squares = row_sum<A>(width, [=](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
+  return {mean, A(1) / square_root(squares / A(width) + A(layer_norm_eps))};
+}
+
+// -- one step on a tile -----------------------------------------------------------------------------------------------
+
+template <class A>
+struct Tile {
+  const RowProgramArgs& args;
+  const RowPartition& partition;
+  int64_t first, rows;  // rows [first, first + rows) of all
+  A* workspace;
+  bool backward;  // values are kept, and with them what the backward steps need
+
+  A* at(int64_t offset) const { return workspace + offset; }
+  const RowStep& step(int number) const { return partition.section->steps[number]; }
+  A* value(int number) const { return at(step(number).value); }
+  A* grad(int number) const { return step(number).grad < 0 ? nullptr : at(step(number).grad); }
+};
+
+inline int64_t index_at(const RowIndex& index, int64_t row) {
+  return index.wide ? static_cast<const int64_t*>(index.data)[row] : int64_t(static_cast<const int32_t*>(index.data)[row]);
+}
+
+void gemm(const RowProgramArgs& args, char ta, char tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+          const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+  const int m_ = int(m), n_ = int(n), k_ = int(k), a_ = int(lda), b_ = int(ldb), c_ = int(ldc);
+  const float one = 1;
+  args.gemm32(&ta, &tb, &m_, &n_, &k_, &one, a, &a_, b, &b_, &beta, c, &c_);
+}
+
+void gemm(const RowProgramArgs& args, char ta, char tb, int64_t m, int64_t n, int64_t k, const double* a, int64_t lda,
+          const double* b, int64_t ldb, double beta, double* c, int64_t ldc) {
+  const int m_ = int(m), n_ = int(n), k_ = int(k), a_ = int(lda), b_ = int(ldb), c_ = int(ldc);
+  const double one = 1;
+  args.gemm64(&ta, &tb, &m_, &n_, &k_, &one, a, &a_, b, &b_, &beta, c, &c_);
+}
+
+// Calls use(row of the tile, its row of the table as T*).
+template <class T, class Use>
+inline __attribute__((always_inline)) void each_table_row(const RowProgramArgs& args, const RowStep& step, int64_t first,
+                                                          int64_t rows, Use use) {
+  const RowTable& table = args.tables[step.table];
+  const T* data = static_cast<const T*>(table.data);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = step.index < 0 ? first + r : index_at(args.indices[step.index], first + r);
+    use(r, data + at * table.stride);
+  }
+}
+
+template <class F>
+inline __attribute__((always_inline)) void with_scalar(Scalar dtype, F function) {
+  switch (dtype) {
+    case Scalar::f32:
+      return function.template operator()<float>();
+    case Scalar::f64:
+      return function.template operator()<double>();
+    case Scalar::bf16:
+      return function.template operator()<bfloat16>();
+    case Scalar::f16:
+      return function.template operator()<float16>();
+  }
+}
+
+template <class A>
+void forward_load(const Tile<A>& t, const RowStep& step) {
+  const int64_t width = step.width;
+  A* out = t.at(step.value);
+  const A* a = step.a < 0 ? nullptr : t.value(step.a);
+  with_scalar(t.args.tables[step.table].dtype, [&]<class T>() {
+    each_table_row<T>(t.args, step, t.first, t.rows, [&](int64_t r, const T* from) {
+      A* to = out + r * width;
+      const A* left = a + r * width;
+      if (step.op == RowOp::load) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) to[i] = A(load(from[i]));
+      } else if (step.op == RowOp::load_mul) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) to[i] = left[i] * A(load(from[i]));
+      } else if (step.op == RowOp::load_add) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) to[i] = left[i] + A(load(from[i]));
+      } else {
+        const A factor = A(load(from[0]));
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) to[i] = left[i] * factor;
+      }
+    });
+  });
+}
+
+template <class A>
+void forward_linear(const Tile<A>& t, const RowStep& step) {
+  A* out = t.at(step.value);
+  const A* bias = static_cast<const A*>(step.bias);
+  if (bias != nullptr) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+#pragma omp simd
+      for (int64_t i = 0; i < step.width; ++i) out[r * step.width + i] = bias[i];
+    }
+  }
+  gemm(t.args, 'T', 'N', step.width, t.rows, step.in_width, static_cast<const A*>(step.weight), step.weight_stride,
+       t.value(step.a), step.in_width, A(bias != nullptr), out, step.width);
+}
+
+template <class A>
+void forward_norm_act(const Tile<A>& t, const RowStep& step) {
+  const int64_t width = step.width;
+  const A* in = t.value(step.a);
+  A *out = t.at(step.value), *aux = t.at(step.aux), *stats = t.at(step.stats);
+  const A *weight = static_cast<const A*>(step.weight), *shift = static_cast<const A*>(step.shift);
+  const A w0 = A(step.p0);
+  const bool keep = t.backward;
+  with_activation(step.activation, [&]<Activation activation>() {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const A* x = in + r * width;
+      A *to = out + r * width, *derivative = aux + r * width;
+      Moments<A> m{0, 1};
+      if (weight != nullptr) {
+        m = moments(x, width);
+        if (keep) stats[2 * r] = m.mean, stats[2 * r + 1] = m.rstd;
+        if (keep) {
+#pragma omp simd
+          for (int64_t i = 0; i < width; ++i) {
+            to[i] = value_and_derivative<activation>((x[i] - m.mean) * m.rstd * weight[i] + shift[i], w0, derivative[i]);
+          }
+        } else {
+#pragma omp simd
+          for (int64_t i = 0; i < width; ++i) {
+            to[i] = value_alone<activation>((x[i] - m.mean) * m.rstd * weight[i] + shift[i], w0);
+          }
+        }
+      } else if (keep) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) to[i] = value_and_derivative<activation>(x[i], w0, derivative[i]);
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) to[i] = value_alone<activation>(x[i], w0);
+      }
+    }
+  });
+}
+
+// The bias has mean 0 where there is a norm, so bias + (h - mean) and bias - (h - mean) are the centred branches.
+template <class A>
+void forward_symmetrize(const Tile<A>& t, const RowStep& step) {
+  const int64_t width = step.width;
+  const A* in = t.value(step.a);
+  A *out = t.at(step.value), *stats = t.at(step.stats), *aux = t.at(step.aux), *aux_minus = aux + t.args.tile_rows * width;
+  const A *weight = static_cast<const A*>(step.weight), *shift = static_cast<const A*>(step.shift);
+  const A *bias = static_cast<const A*>(step.bias), w0 = A(step.p0);
+  const bool keep = t.backward;
+  with_activation(step.activation, [&]<Activation activation>() {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const A* h = in + r * width;
+      A *to = out + r * width, *d_plus = aux + r * width, *d_minus = aux_minus + r * width;
+      if (weight == nullptr) {
+        if (keep) {
+#pragma omp simd
+          for (int64_t i = 0; i < width; ++i) {
+            to[i] = value_and_derivative<activation>(bias[i] + h[i], w0, d_plus[i]) +
+                    value_and_derivative<activation>(bias[i] - h[i], w0, d_minus[i]);
+          }
+        } else {
+#pragma omp simd
+          for (int64_t i = 0; i < width; ++i) {
+            to[i] = value_alone<activation>(bias[i] + h[i], w0) + value_alone<activation>(bias[i] - h[i], w0);
+          }
+        }
+        continue;
+      }
+      const A mean = row_sum<A>(width, [=](int64_t i) { return h[i]; }) / A(width);
+      A squares_plus = 0, squares_minus = 0;
+#pragma omp simd reduction(+ : squares_plus, squares_minus)
+      for (int64_t i = 0; i < width; ++i) {
+        const A x = h[i] - mean, plus = bias[i] + x, minus = bias[i] - x;
+        squares_plus += plus * plus;
+        squares_minus += minus * minus;
+      }
+      const A rstd_plus = A(1) / square_root(squares_plus / A(width) + A(layer_norm_eps));
+      const A rstd_minus = A(1) / square_root(squares_minus / A(width) + A(layer_norm_eps));
+      if (keep) {
+        stats[3 * r] = mean, stats[3 * r + 1] = rstd_plus, stats[3 * r + 2] = rstd_minus;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+          const A x = h[i] - mean;
+          const A plus = (bias[i] + x) * rstd_plus * weight[i] + shift[i];
+          const A minus = (bias[i] - x) * rstd_minus * weight[i] + shift[i];
+          to[i] = value_and_derivative<activation>(plus, w0, d_plus[i]) +
+                  value_and_derivative<activation>(minus, w0, d_minus[i]);
+        }
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+          const A x = h[i] - mean;
+          const A plus = (bias[i] + x) * rstd_plus * weight[i] + shift[i];
+          const A minus = (bias[i] - x) * rstd_minus * weight[i] + shift[i];
+          to[i] = value_alone<activation>(plus, w0) + value_alone<activation>(minus, w0);
+        }
+      }
+    }
+  });
+}
+
+template <class A>
+A largest_magnitude(const A* h, int64_t width) {
+  A largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < width; ++i) largest = largest < magnitude(h[i]) ? magnitude(h[i]) : largest;
+  return largest;
+}
+
+template <class A>
+void forward_normalize(const Tile<A>& t, const RowStep& step) {
+  const int64_t width = step.width;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const A* h = t.value(step.a) + r * width;
+    A* to = t.at(step.value) + r * width;
+    const A factor = safe_factor(largest_magnitude(h, width));
+    const A norm = square_root(row_sum<A>(width, [=](int64_t i) { return (h[i] * factor) * (h[i] * factor); }));
+    const A scale = normalize_scale(norm, factor, A(step.p0));
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) to[i] = h[i] * factor * scale;
+  }
+}
+
+// A counter-based generator: the mask depends on the seed, the stream, the row and the column alone. The mixing function
+// is the 32-bit finaliser "lowbias32" by C. Wellons.
+inline __attribute__((always_inline)) uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+template <class A>
+void apply_dropout(const Tile<A>& t, const RowStep& step, const A* from, A* to, bool accumulate) {
+  const int64_t width = step.width;
+  const A factor = A(1) / (A(1) - A(step.p0));
+  const uint32_t threshold = uint32_t(step.p0 * 4294967296.0);
+  const uint32_t stream = mix(t.args.seed0 + mix(t.args.seed1 + mix(uint32_t(step.p1))));
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const uint32_t base = mix(stream + uint32_t(t.first + r));
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const A kept = mix(base + uint32_t(i)) >= threshold ? from[r * width + i] * factor : A(0);
+      to[r * width + i] = accumulate ? to[r * width + i] + kept : kept;
+    }
+  }
+}
+
+template <class A>
+void forward_step(const Tile<A>& t, const RowStep& step) {
+  const int64_t count = t.rows * step.width;
+  A* out = t.at(step.value);
+  const A* a = step.a < 0 ? nullptr : t.value(step.a);
+  const A* b = step.b < 0 ? nullptr : t.value(step.b);
+  switch (step.op) {
+    case RowOp::load:
+    case RowOp::load_mul:
+    case RowOp::load_add:
+    case RowOp::scale:
+      return forward_load(t, step);
+    case RowOp::linear:
+      return forward_linear(t, step);
+    case RowOp::symmetrize:
+      return forward_symmetrize(t, step);
+    case RowOp::norm_act:
+      return forward_norm_act(t, step);
+    case RowOp::normalize:
+      return forward_normalize(t, step);
+    case RowOp::dropout:
+      return apply_dropout(t, step, a, out, false);
+    case RowOp::add:
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) out[i] = a[i] + b[i];
+      return;
+    case RowOp::mul:
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) out[i] = a[i] * b[i];
+      return;
+    case RowOp::negate:
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) out[i] = -a[i];
+      return;
+    case RowOp::abs:
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) out[i] = magnitude(a[i]);
+      return;
+    case RowOp::add_vector: {
+      const A* vector = static_cast<const A*>(step.bias);
+      for (int64_t r = 0; r < t.rows; ++r) {
+#pragma omp simd
+        for (int64_t i = 0; i < step.width; ++i) out[r * step.width + i] = a[r * step.width + i] + vector[i];
+      }
+      return;
+    }
+    case RowOp::concat: {
+      const int64_t left = step.in_width, right = step.width - left;
+      for (int64_t r = 0; r < t.rows; ++r) {
+        for (int64_t i = 0; i < left; ++i) out[r * step.width + i] = a[r * left + i];
+        for (int64_t i = 0; i < right; ++i) out[r * step.width + left + i] = b[r * right + i];
+      }
+      return;
+    }
+  }
+}
+
+// -- backward of one step ---------------------------------------------------------------------------------------------
+
+// to = value, or to += value.
+template <class A, class Value>
+inline __attribute__((always_inline)) void contribute(A* to, int64_t count, bool writes, Value value) {
+  if (writes) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = value(i);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] += value(i);
+  }
+}
+
+template <class A>
+A* parameter_grad(const Tile<A>& t, int64_t offset) {
+  return offset < 0 ? nullptr : static_cast<A*>(t.partition.parameters) + offset;
+}
+
+// Where the gradient of a row of the step's table is added, or null.
+template <class A>
+struct TableGrad {
+  const Tile<A>& t;
+  const RowStep& step;
+  A* to;
+  int64_t first;
+
+  TableGrad(const Tile<A>& t, const RowStep& step) : t(t), step(step), to(nullptr), first(0) {
+    const RowTable& table = t.args.tables[step.table];
+    if (table.direct) {
+      to = static_cast<A*>(table.grad);
+    } else {
+      to = static_cast<A*>(t.partition.scatters[step.table].to);
+      first = t.partition.scatters[step.table].first;
+    }
+  }
+
+  A* row(int64_t r) const {
+    const int64_t at = step.index < 0 ? t.first + r : index_at(t.args.indices[step.index], t.first + r);
+    return to + (at - first) * t.args.tables[step.table].width;
+  }
+};
+
+template <class A>
+void backward_load(const Tile<A>& t, const RowStep& step) {
+  const int64_t width = step.width;
+  const A* grad = t.at(step.grad);
+  A* grad_a = step.a < 0 ? nullptr : t.grad(step.a);
+  const TableGrad<A> table(t, step);
+  const A* a = step.a < 0 ? nullptr : t.value(step.a);
+  with_scalar(t.args.tables[step.table].dtype, [&]<class T>() {
+    each_table_row<T>(t.args, step, t.first, t.rows, [&](int64_t r, const T* from) {
+      const A* g = grad + r * width;
+      if (table.to != nullptr) {
+        A* to = table.row(r);
+        const A* left = a + r * width;
+        if (step.op == RowOp::scale) {
+          const A sum = row_sum<A>(width, [=](int64_t i) { return g[i] * left[i]; });
+          to[0] = step.writes_table ? sum : to[0] + sum;
+        } else if (step.op == RowOp::load_mul) {
+          contribute(to, width, step.writes_table, [=](int64_t i) { return g[i] * left[i]; });
+        } else {
+          contribute(to, width, step.writes_table, [=](int64_t i) { return g[i]; });
+        }
+      }
+      if (grad_a == nullptr) return;
+      A* to = grad_a + r * width;
+      if (step.op == RowOp::load_mul) {
+        contribute(to, width, step.writes_a, [=](int64_t i) { return g[i] * A(load(from[i])); });
+      } else if (step.op == RowOp::scale) {
+        const A factor = A(load(from[0]));
+        contribute(to, width, step.writes_a, [=](int64_t i) { return g[i] * factor; });
+      } else {
+        contribute(to, width, step.writes_a, [=](int64_t i) { return g[i]; });
+      }
+    });
+  });
+}
+
+template <class A>
+void add_column_sums(const A* grad, int64_t rows, int64_t width, A* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) to[i] += grad[r * width + i];
+  }
+}
+
+template <class A>
+void backward_linear(const Tile<A>& t, const RowStep& step) {
+  const A* grad = t.at(step.grad);
+  if (A* to = parameter_grad(t, step.bias_grad)) add_column_sums(grad, t.rows, step.width, to);
+  if (A* to = parameter_grad(t, step.weight_grad)) {
+    gemm(t.args, 'N', 'T', step.in_width, step.width, t.rows, t.value(step.a), step.in_width, grad, step.width, A(1), to,
+         step.in_width);
+  }
+  if (A* to = t.grad(step.a)) {
+    gemm(t.args, 'N', 'N', step.in_width, t.rows, step.width, static_cast<const A*>(step.weight), step.weight_stride, grad,
+         step.width, A(!step.writes_a), to, step.in_width);
+  }
+}
+
+template <class A>
+void backward_norm_act(const Tile<A>& t, const RowStep& step) {
+  const int64_t width = step.width;
+  const A *grads = t.at(step.grad), *in = t.value(step.a), *aux = t.at(step.aux), *stats = t.at(step.stats);
+  const A* weight = static_cast<const A*>(step.weight);
+  A *weight_grad = parameter_grad(t, step.weight_grad), *shift_grad = parameter_grad(t, step.shift_grad);
+  A* grad_a = t.grad(step.a);
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const A *g = grads + r * width, *x = in + r * width, *derivative = aux + r * width;
+    A* to = grad_a == nullptr ? nullptr : grad_a + r * width;
+    if (weight == nullptr) {
+      if (to != nullptr) contribute(to, width, step.writes_a, [=](int64_t i) { return g[i] * derivative[i]; });
+      continue;
+    }
+    const A mean = stats[2 * r], rstd = stats[2 * r + 1];
+    if (weight_grad != nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) weight_grad[i] += g[i] * derivative[i] * ((x[i] - mean) * rstd);
+    }
+    if (shift_grad != nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) shift_grad[i] += g[i] * derivative[i];
+    }
+    if (to == nullptr) continue;
+    A mean_grad = 0, mean_product = 0;
+#pragma omp simd reduction(+ : mean_grad, mean_product)
+    for (int64_t i = 0; i < width; ++i) {
+      const A gn = g[i] * derivative[i] * weight[i];
+      mean_grad += gn;
+      mean_product += gn * ((x[i] - mean) * rstd);
+    }
+    mean_grad /= A(width);
+    mean_product /= A(width);
+    contribute(to, width, step.writes_a, [=](int64_t i) {
+      return standardize_backward(g[i] * derivative[i] * weight[i], (x[i] - mean) * rstd, rstd, mean_grad, mean_product);
+    });
+  }
+}
+
+template <class A>
+void backward_symmetrize(const Tile<A>& t, const RowStep& step) {
+  const int64_t width = step.width;
+  const A *grads = t.at(step.grad), *in = t.value(step.a), *stats = t.at(step.stats);
+  A *aux = t.at(step.aux), *aux_minus = aux + t.args.tile_rows * width;
+  const A *weight = static_cast<const A*>(step.weight), *bias = static_cast<const A*>(step.bias);
+  A *weight_grad = parameter_grad(t, step.weight_grad), *shift_grad = parameter_grad(t, step.shift_grad);
+  A *bias_grad = parameter_grad(t, step.bias_grad), *grad_a = t.grad(step.a);
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const A *g = grads + r * width, *h = in + r * width;
+    A *d_plus = aux + r * width, *d_minus = aux_minus + r * width;
+    A* to = grad_a == nullptr ? nullptr : grad_a + r * width;
+    if (weight == nullptr) {
+      if (bias_grad != nullptr) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) bias_grad[i] += g[i] * (d_plus[i] + d_minus[i]);
+      }
+      if (to != nullptr) contribute(to, width, step.writes_a, [=](int64_t i) { return g[i] * (d_plus[i] - d_minus[i]); });
+      continue;
+    }
+    const A mean = stats[3 * r], rstd_plus = stats[3 * r + 1], rstd_minus = stats[3 * r + 2];
+    if (weight_grad != nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        const A x = h[i] - mean;
+        weight_grad[i] += g[i] * (d_plus[i] * ((bias[i] + x) * rstd_plus) + d_minus[i] * ((bias[i] - x) * rstd_minus));
+      }
+    }
+    if (shift_grad != nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) shift_grad[i] += g[i] * (d_plus[i] + d_minus[i]);
+    }
+    if (to == nullptr && bias_grad == nullptr) continue;
+    A sum_plus = 0, sum_minus = 0, along_plus = 0, along_minus = 0;
+#pragma omp simd reduction(+ : sum_plus, sum_minus, along_plus, along_minus)
+    for (int64_t i = 0; i < width; ++i) {
+      const A x = h[i] - mean, gw = g[i] * weight[i], plus = gw * d_plus[i], minus = gw * d_minus[i];
+      d_plus[i] = plus;  // the derivatives are not read again
+      d_minus[i] = minus;
+      sum_plus += plus;
+      sum_minus += minus;
+      along_plus += plus * ((bias[i] + x) * rstd_plus);
+      along_minus += minus * ((bias[i] - x) * rstd_minus);
+    }
+    sum_plus /= A(width), sum_minus /= A(width), along_plus /= A(width), along_minus /= A(width);
+    if (bias_grad != nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        const A x = h[i] - mean;
+        bias_grad[i] += standardize_backward(d_plus[i], (bias[i] + x) * rstd_plus, rstd_plus, sum_plus, along_plus) +
+                        standardize_backward(d_minus[i], (bias[i] - x) * rstd_minus, rstd_minus, sum_minus, along_minus);
+      }
+    }
+    if (to == nullptr) continue;
+    contribute(to, width, step.writes_a, [=](int64_t i) {
+      const A x = h[i] - mean;
+      return standardize_backward(d_plus[i], (bias[i] + x) * rstd_plus, rstd_plus, sum_plus, along_plus) -
+             standardize_backward(d_minus[i], (bias[i] - x) * rstd_minus, rstd_minus, sum_minus, along_minus);
+    });
+  }
+}
+
+// (g - u (u . g) n / (n + eps)) / (n + eps) with n the norm and u = h / n.
+template <class A>
+void backward_normalize(const Tile<A>& t, const RowStep& step) {
+  const int64_t width = step.width;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const A *h = t.value(step.a) + r * width, *g = t.at(step.grad) + r * width;
+    const A factor = safe_factor(largest_magnitude(h, width));
+    const A norm = square_root(row_sum<A>(width, [=](int64_t i) { return (h[i] * factor) * (h[i] * factor); }));
+    const A scale = normalize_scale(norm, factor, A(step.p0));
+    const A to_unit = norm == A(0) ? A(0) : factor / norm;
+    const A along = row_sum<A>(width, [=](int64_t i) { return g[i] * (h[i] * to_unit); }) * (norm * scale);
+    contribute(t.grad(step.a) + r * width, width, step.writes_a,
+               [=](int64_t i) { return (g[i] - h[i] * to_unit * along) * (scale * factor); });
+  }
+}
+
+template <class A>
+void backward_step(const Tile<A>& t, const RowStep& step) {
+  const int64_t count = t.rows * step.width;
+  const A* grad = t.at(step.grad);
+  const A* a = step.a < 0 ? nullptr : t.value(step.a);
+  const A* b = step.b < 0 ? nullptr : t.value(step.b);
+  A* grad_a = step.a < 0 ? nullptr : t.grad(step.a);
+  A* grad_b = step.b < 0 ? nullptr : t.grad(step.b);
+  switch (step.op) {
+    case RowOp::load:
+    case RowOp::load_mul:
+    case RowOp::load_add:
+    case RowOp::scale:
+      return backward_load(t, step);
+    case RowOp::linear:
+      return backward_linear(t, step);
+    case RowOp::symmetrize:
+      return backward_symmetrize(t, step);
+    case RowOp::norm_act:
+      return backward_norm_act(t, step);
+    case RowOp::normalize:
+      if (grad_a != nullptr) backward_normalize(t, step);
+      return;
+    case RowOp::dropout:
+      if (grad_a != nullptr) apply_dropout(t, step, grad, grad_a, !step.writes_a);
+      return;
+    case RowOp::add:
+      if (grad_a != nullptr) contribute(grad_a, count, step.writes_a, [=](int64_t i) { return grad[i]; });
+      if (grad_b != nullptr) contribute(grad_b, count, step.writes_b, [=](int64_t i) { return grad[i]; });
+      return;
+    case RowOp::mul:
+      if (grad_a != nullptr) contribute(grad_a, count, step.writes_a, [=](int64_t i) { return grad[i] * b[i]; });
+      if (grad_b != nullptr) contribute(grad_b, count, step.writes_b, [=](int64_t i) { return grad[i] * a[i]; });
+      return;
+    case RowOp::negate:
+      if (grad_a != nullptr) contribute(grad_a, count, step.writes_a, [=](int64_t i) { return -grad[i]; });
+      return;
+    case RowOp::abs:
+      if (grad_a != nullptr) {
+        contribute(grad_a, count, step.writes_a, [=](int64_t i) {
+          return a[i] > A(0) ? grad[i] : a[i] < A(0) ? -grad[i] : a[i] * grad[i];  // 0 at 0, NaN at NaN
+        });
+      }
+      return;
+    case RowOp::add_vector:
+      if (A* to = parameter_grad(t, step.bias_grad)) add_column_sums(grad, t.rows, step.width, to);
+      if (grad_a != nullptr) contribute(grad_a, count, step.writes_a, [=](int64_t i) { return grad[i]; });
+      return;
+    case RowOp::concat: {
+      const int64_t left = step.in_width, right = step.width - left;
+      for (int64_t r = 0; r < t.rows; ++r) {
+        const A* g = grad + r * step.width;
+        if (grad_a != nullptr) contribute(grad_a + r * left, left, step.writes_a, [=](int64_t i) { return g[i]; });
+        if (grad_b != nullptr) contribute(grad_b + r * right, right, step.writes_b, [=](int64_t i) { return g[left + i]; });
+      }
+      return;
+    }
+  }
+}
+
+// -- outputs ----------------------------------------------------------------------------------------------------------
+
+// The segment that holds a row; ptr may hold empty segments.
+int64_t segment_of(const RowProgramArgs& args, int64_t row) {
+  int64_t low = 0, high = args.segments;  // ptr[low] <= row < ptr[high]
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (args.ptr[middle] <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+// Calls use(row of the tile, segment).
+template <class Use>
+inline __attribute__((always_inline)) void each_segment_row(const RowProgramArgs& args, int64_t first, int64_t rows,
+                                                            Use use) {
+  int64_t segment = segment_of(args, first);
+  for (int64_t r = 0; r < rows; ++r) {
+    while (args.ptr[segment + 1] <= first + r) ++segment;
+    use(r, segment);
+  }
+}
+
+template <class A>
+void write_outputs(const Tile<A>& t) {
+  const RowProgramArgs& args = t.args;
+  const RowSection& section = *t.partition.section;
+  if (section.sum_step >= 0) {
+    const int64_t width = t.step(section.sum_step).width;
+    const A* values = t.value(section.sum_step);
+    each_segment_row(args, t.first, t.rows, [&](int64_t r, int64_t segment) {
+      const bool continued = args.ptr[segment] < t.partition.begin;
+      A* to = continued ? static_cast<A*>(t.partition.head) : static_cast<A*>(args.sums) + segment * width;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) to[i] += values[r * width + i];
+    });
+  }
+  if (section.rows_step >= 0) {
+    const int64_t width = t.step(section.rows_step).width;
+    const A* values = t.value(section.rows_step);
+    with_scalar(args.rows_dtype, [&]<class T>() {
+      T* to = static_cast<T*>(args.rows_out) + t.first * width;
+#pragma omp simd
+      for (int64_t i = 0; i < t.rows * width; ++i) store(to[i], typename Accumulate<T>::type(values[i]));
+    });
+  }
+}
+
+template <class A>
+void read_output_grads(const Tile<A>& t) {
+  const RowProgramArgs& args = t.args;
+  const RowSection& section = *t.partition.section;
+  if (section.sum_step >= 0 && t.grad(section.sum_step) != nullptr) {
+    const int64_t width = t.step(section.sum_step).width;
+    A* to = t.grad(section.sum_step);
+    with_scalar(args.rows_dtype, [&]<class T>() {
+      each_segment_row(args, t.first, t.rows, [&](int64_t r, int64_t segment) {
+        const T* from = static_cast<const T*>(args.grad_sums) + segment * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) to[r * width + i] = A(load(from[i]));
+      });
+    });
+  }
+  if (section.rows_step >= 0 && t.grad(section.rows_step) != nullptr) {
+    const int64_t width = t.step(section.rows_step).width;
+    A* to = t.grad(section.rows_step);
+    with_scalar(args.rows_dtype, [&]<class T>() {
+      const T* from = static_cast<const T*>(args.grad_rows) + t.first * width;
+#pragma omp simd
+      for (int64_t i = 0; i < t.rows * width; ++i) to[i] = A(load(from[i]));
+    });
+  }
+}
+
+template <class A>
+void run(const RowProgramArgs& args, const RowPartition& partition) {
+  const RowSection& section = *partition.section;
+  for (int64_t first = partition.begin; first < partition.end; first += args.tile_rows) {
+    const int64_t rest = partition.end - first, rows = rest < args.tile_rows ? rest : args.tile_rows;
+    const Tile<A> tile{args, partition, first, rows, static_cast<A*>(partition.workspace), args.backward};
+    for (int number = 0; number < section.num_steps; ++number) {
+      if (section.steps[number].value >= 0) forward_step(tile, section.steps[number]);
+    }
+    if (!args.backward) {
+      write_outputs(tile);
+      continue;
+    }
+    read_output_grads(tile);
+    for (int number = section.num_steps - 1; number >= 0; --number) {
+      if (section.steps[number].grad >= 0) backward_step(tile, section.steps[number]);
+    }
+  }
+}
+
+}  // namespace
+
+void row_program_run(const RowProgramArgs& args, const RowPartition& partition) {
+  args.wide_compute ? run<double>(args, partition) : run<float>(args, partition);
+}
+
+}  // namespace scalegmn::SCALEGMN_ISA

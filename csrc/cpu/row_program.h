@@ -1,0 +1,115 @@
+// CPU engine of `row_program`: runs a program of row operations over tiles of rows that stay in the cache; see
+// csrc/ops/row_program.h for the contract. Rows are cut into partitions, a function of the arguments' sizes alone, and a
+// partition into tiles. What partitions contribute to the same place is kept apart and joined in the order of the
+// partitions, so the number of threads does not change a bit.
+#pragma once
+
+#include "common/math.h"
+#include "cpu/isa.h"
+
+namespace scalegmn {
+
+enum class RowOp {
+  load,        // table[index or row]
+  load_mul,    // a * table[index or row]
+  load_add,    // a + table[index or row]
+  scale,       // a * table[row], a table of width 1
+  linear,      // a weight^T + bias
+  add,         // a + b
+  mul,         // a * b
+  negate,      // -a
+  add_vector,  // a + bias
+  symmetrize,  // act(LN(a + bias)) + act(LN(-a + bias))
+  norm_act,    // act(LN(a))
+  abs,         // |a|
+  normalize,   // a / (||a|| + eps)
+  dropout,     // a / (1 - p) where the row and column are kept, else 0
+  concat,      // [a, b]
+};
+
+using Gemm32 = void (*)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
+                        const int*, const float*, const int*, const float*, float*, const int*);
+using Gemm64 = void (*)(const char*, const char*, const int*, const int*, const int*, const double*, const double*,
+                        const int*, const double*, const int*, const double*, double*, const int*);
+
+// Wide is float, or double if every table and parameter is float64. Parameters are Wide; pointers are null where absent.
+struct RowStep {
+  RowOp op;
+  int a, b;           // steps read; -1: none
+  int table, index;   // -1: none
+  Activation activation;
+  int64_t width;      // of the result
+  int64_t in_width;   // of a
+  double p0, p1;      // dropout: p, stream; normalize: eps; activations: w0
+  const void* weight; // linear [width, in_width], rows weight_stride apart; norms [width]
+  int64_t weight_stride;
+  const void* bias;   // linear, add_vector, symmetrize [width]
+  const void* shift;  // norms [width]
+  bool used;          // whether an output depends on it
+  bool wants_grad;    // whether a wanted gradient depends on its gradient
+  bool writes_a, writes_b;  // backward: the first contribution to the gradient of a, of b
+  bool writes_table;        // backward: the only contribution to the rows of the table, which is read by row number
+  int64_t value;      // offsets into a tile's workspace, in Wide; -1: none
+  int64_t aux;        // derivatives of the activation, one per branch
+  int64_t stats;      // mean and 1 / deviation per branch
+  int64_t grad;
+  int64_t weight_grad, bias_grad, shift_grad;  // offsets into a partition's parameter gradients; -1: not wanted
+};
+
+struct RowTable {
+  const void* data;
+  Scalar dtype;
+  int64_t rows, width, stride;
+  void* grad;        // direct rows: Wide [rows, width], or null
+  bool direct;       // read by row number, not through an index
+};
+
+struct RowIndex {
+  const void* data;
+  bool wide;
+};
+
+// Where a partition adds the gradients of a table that is read through an index: rows [first, first + rows).
+struct RowScatter {
+  void* to;  // Wide [rows, width]
+  int64_t first;
+};
+
+// The program of a range of rows.
+struct RowSection {
+  const RowStep* steps;
+  int num_steps;
+  int sum_step, rows_step;  // whose results are added up per segment, and written as rows; -1: none
+};
+
+struct RowProgramArgs {
+  const RowTable* tables;
+  const RowIndex* indices;
+  bool wide_compute;  // double
+  int64_t tile_rows;
+  bool backward;
+  uint32_t seed0, seed1;
+  Gemm32 gemm32;
+  Gemm64 gemm64;
+  // outputs
+  const int64_t* ptr;            // [segments + 1] from 0
+  int64_t segments;
+  void* sums;                    // Wide [segments, width]: forward result
+  void* rows_out;                // dtype rows_dtype [rows, width]
+  Scalar rows_dtype;
+  const void* grad_sums;         // backward: rows of rows_dtype
+  const void* grad_rows;
+};
+
+struct RowPartition {
+  const RowSection* section;
+  int64_t begin, end;   // rows
+  void* workspace;      // Wide, of the thread
+  void* head;           // forward: Wide [width], the sum of the first segment if it began before this partition
+  void* parameters;     // backward: Wide, gradients of parameters
+  const RowScatter* scatters;  // backward: per table
+};
+
+SCALEGMN_DECLARE_CPU(row_program_run, const RowProgramArgs& args, const RowPartition& partition)
+
+}  // namespace scalegmn

@@ -1,0 +1,90 @@
+#include "ops/pool.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <cstdlib>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <new>
+
+namespace scalegmn {
+namespace {
+
+constexpr size_t alignment = size_t(1) << 21;  // of a huge page
+
+struct Pool {
+  std::mutex mutex;
+  std::multimap<size_t, void*> idle;
+  size_t idle_bytes = 0;
+  size_t most_idle = 0;
+
+  Pool() {
+    const char* megabytes = std::getenv("SCALEGMN_FAST_POOL_MB");
+    most_idle = (megabytes != nullptr ? std::strtoull(megabytes, nullptr, 10) : 512) << 20;
+  }
+
+  // At least `bytes`; sets it to what was given.
+  void* take(size_t& bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      const auto found = idle.lower_bound(bytes);
+      if (found != idle.end() && found->first / 4 * 3 <= bytes) {
+        void* block = found->second;
+        bytes = found->first;
+        idle_bytes -= bytes;
+        idle.erase(found);
+        return block;
+      }
+    }
+    bytes = (bytes + 4095) / 4096 * 4096;
+    void* block = std::aligned_alloc(bytes >= alignment ? alignment : 4096, bytes >= alignment ? (bytes + alignment - 1) / alignment * alignment : bytes);
+    if (block == nullptr) throw std::bad_alloc();
+#ifdef __linux__
+    if (bytes >= alignment) madvise(block, bytes, MADV_HUGEPAGE);
+#endif
+    return block;
+  }
+
+  void give(void* block, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    idle.emplace(bytes, block);
+    idle_bytes += bytes;
+    while (idle_bytes > most_idle) {
+      const auto largest = std::prev(idle.end());
+      idle_bytes -= largest->first;
+      std::free(largest->second);
+      idle.erase(largest);
+    }
+  }
+};
+
+Pool& pool() {
+  static Pool* const instance = new Pool;  // never destroyed: tensors may outlive every static object
+  return *instance;
+}
+
+}  // namespace
+
+at::Tensor pooled_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  size_t bytes = c10::elementSize(dtype) * size_t(c10::multiply_integers(sizes));
+  const at::Context& context = at::globalContext();
+  const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  if (bytes < size_t(pool_smallest) || filled || pool().most_idle == 0) return at::empty(sizes, dtype);
+  void* block = pool().take(bytes);
+  return at::from_blob(block, sizes, [bytes](void* data) { pool().give(data, bytes); }, at::TensorOptions(dtype));
+}
+
+void release_pool() {
+  const std::lock_guard<std::mutex> lock(pool().mutex);
+  for (const auto& [bytes, block] : pool().idle) std::free(block);
+  pool().idle.clear();
+  pool().idle_bytes = 0;
+}
+
+}  // namespace scalegmn

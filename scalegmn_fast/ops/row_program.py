@@ -1,0 +1,258 @@
+"""`row_program`: programs of row operations, run tile by tile from gathers to sums per segment.
+
+`RowProgram` writes a program down; one call of the op runs it. Message, edge update and node update of ScaleGMN are such
+programs (`scalegmn_fast.nn.fused`): whatever a configuration asks for becomes steps, and what lies between the steps never
+leaves the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scalegmn_fast import backends
+from scalegmn_fast.ops import library
+from scalegmn_fast.reference.row_program import OPERATIONS, result_dtype, sections, widths
+from scalegmn_fast.reference.row_program import row_program_backward as backward_formula
+from scalegmn_fast.reference.symmetrize import ACTIVATIONS
+
+_ARGUMENTS = (
+    "Tensor[] tensors, Tensor[] indices, SymInt[] bounds, int[] code, float[] constants, Tensor? ptr, Tensor? seed"
+)
+_CODES = {name: code for code, name in enumerate(OPERATIONS)}
+_ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+
+def _forward(tensors, indices, bounds, code, constants, ptr, seed):
+    kernel = backends.implementation("row_program", "forward", tensors[0])
+    return kernel(tensors, indices, bounds, code, constants, ptr, seed)
+
+
+def _forward_fake(tensors, indices, bounds, code, constants, ptr, seed):
+    dtype = result_dtype(tensors, code, len(bounds) - 1)
+    sums, rows = (0, 0), (0, 0)
+    for section in sections(bounds, code, constants):
+        found = widths(tensors, section)
+        if section.sums >= 0:
+            sums = (ptr.shape[0] - 1, found[section.sums])
+        if section.rows >= 0:
+            rows = (section.end, found[section.rows])
+    return tensors[0].new_empty(sums, dtype=dtype), tensors[0].new_empty(rows, dtype=dtype)
+
+
+def _backward(grad_sums, grad_rows, tensors, indices, bounds, code, constants, ptr, seed, wanted):
+    kernel = backends.implementation("row_program", "backward", tensors[0])
+    return kernel(grad_sums, grad_rows, tensors, indices, bounds, code, constants, ptr, seed, wanted)
+
+
+def _backward_fake(grad_sums, grad_rows, tensors, indices, bounds, code, constants, ptr, seed, wanted):
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if want else t.new_empty(0)
+        for t, want in zip(tensors, wanted, strict=True)
+    ]
+
+
+_forward_op = library.define("row_program", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
+_backward_op = library.define(
+    "row_program_backward",
+    f"(Tensor grad_sums, Tensor grad_rows, {_ARGUMENTS}, bool[] wanted) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+def _save(ctx, inputs, output):
+    tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed = inputs
+    ctx.counts = len(tensors), len(indices)
+    ctx.save_for_backward(*tensors, *indices, ptr, seed)
+
+
+def _saved(ctx):
+    num_tensors, num_indices = ctx.counts
+    saved = ctx.saved_tensors
+    split = num_tensors + num_indices
+    return list(saved[:num_tensors]), list(saved[num_tensors:split]), *saved[split:]
+
+
+def _first_order(ctx, grad_sums, grad_rows):
+    tensors, indices, ptr, seed = _saved(ctx)
+    wanted = list(ctx.needs_input_grad[0])
+    grads = _backward_op(
+        grad_sums, grad_rows, tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed, wanted
+    )
+    found = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return found, [None] * len(indices), None, None, None, None, None
+
+
+def _save_backward(ctx, inputs, output):
+    grad_sums, grad_rows, tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed, ctx.wanted = inputs
+    ctx.counts = len(tensors), len(indices)
+    ctx.save_for_backward(*tensors, *indices, ptr, seed, grad_sums, grad_rows)
+
+
+def _second_order(ctx, cotangents):
+    tensors, indices, ptr, seed, grad_sums, grad_rows = _saved(ctx)
+
+    def formula(grad_sums, grad_rows, *tensors):
+        return tuple(
+            backward_formula(
+                grad_sums,
+                grad_rows,
+                tensors,
+                indices,
+                ctx.bounds,
+                ctx.code,
+                ctx.constants,
+                ptr,
+                seed,
+                ctx.wanted,
+            )
+        )
+
+    needed = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[2]]
+    grads = library.gradients_through(formula, (grad_sums, grad_rows, *tensors), needed, cotangents)
+    return grads[0], grads[1], grads[2:], [None] * len(indices), None, None, None, None, None, None
+
+
+library.register_autograd("row_program", _first_order, _save)
+library.register_autograd("row_program_backward", _second_order, _save_backward)
+
+
+class Value:
+    """The result of a step: rows of a section."""
+
+    def __init__(self, section: SectionWriter, number: int, width: int):
+        self.section, self.number, self.width = section, number, width
+
+
+class SectionWriter:
+    """The program of a range of rows. Each method adds a step and returns its `Value`; -1 and None: absent."""
+
+    def __init__(self, program: RowProgram, rows: int):
+        self.program, self.rows = program, rows
+        self.code: list[int] = []
+        self.constants: list[float] = []
+        self.count = 0
+        self.sums = self.written = -1
+
+    def _step(self, op, width, a=None, b=None, tensors=(), index=None, activation="identity", p0=0.0, p1=0.0) -> Value:
+        numbers = [-1 if t is None else self.program.tensor(t) for t in tensors]
+        numbers += [-1] * (3 - len(numbers))
+        operands = [-1 if value is None else value.number for value in (a, b)]
+        place = -1 if index is None else self.program.index(index)
+        self.code += [_CODES[op], *operands, *numbers, place, _ACTIVATION_CODES[activation]]
+        self.constants += [float(p0), float(p1)]
+        self.count += 1
+        return Value(self, self.count - 1, width)
+
+    def load(self, table: Tensor, index: Tensor | None = None) -> Value:
+        """Rows of a table [*, d], by their numbers in the program or by index [R]."""
+        return self._step("load", table.shape[1], tensors=(table,), index=index)
+
+    def load_mul(self, a: Value, table: Tensor, index: Tensor | None = None) -> Value:
+        """a times rows of a table."""
+        return self._step("load_mul", a.width, a, tensors=(table,), index=index)
+
+    def load_add(self, a: Value, table: Tensor, index: Tensor | None = None) -> Value:
+        """a plus rows of a table."""
+        return self._step("load_add", a.width, a, tensors=(table,), index=index)
+
+    def scale(self, a: Value, factors: Tensor, index: Tensor | None = None) -> Value:
+        """a times a number per row, factors [*, 1]."""
+        return self._step("scale", a.width, a, tensors=(factors,), index=index)
+
+    def linear(self, a: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
+        """``a @ weight.T + bias``."""
+        return self._step("linear", weight.shape[0], a, tensors=(weight, bias))
+
+    def add(self, a: Value, b: Value) -> Value:
+        return self._step("add", a.width, a, b)
+
+    def mul(self, a: Value, b: Value) -> Value:
+        return self._step("mul", a.width, a, b)
+
+    def negate(self, a: Value) -> Value:
+        return self._step("negate", a.width, a)
+
+    def add_vector(self, a: Value, vector: Tensor) -> Value:
+        """a plus a vector [d]."""
+        return self._step("add_vector", a.width, a, tensors=(vector,))
+
+    def symmetrize(self, a: Value, bias, weight, shift, activation: str, w0: float) -> Value:
+        """``act(LN(a + bias)) + act(LN(-a + bias))``; weight and shift are the layer norm's."""
+        return self._step("symmetrize", a.width, a, tensors=(bias, weight, shift), activation=activation, p0=w0)
+
+    def norm_act(self, a: Value, weight, shift, activation: str, w0: float) -> Value:
+        """``act(LN(a))``."""
+        return self._step("norm_act", a.width, a, tensors=(None, weight, shift), activation=activation, p0=w0)
+
+    def abs(self, a: Value) -> Value:
+        return self._step("abs", a.width, a)
+
+    def normalize(self, a: Value, eps: float) -> Value:
+        """``a / (||a|| + eps)``."""
+        return self._step("normalize", a.width, a, p0=eps)
+
+    def dropout(self, a: Value, probability: float) -> Value:
+        return self._step("dropout", a.width, a, p0=probability, p1=self.program.next_mask())
+
+    def concat(self, a: Value, b: Value) -> Value:
+        return self._step("concat", a.width + b.width, a, b)
+
+    def add_up(self, value: Value) -> None:
+        """This value is added up per segment."""
+        self.sums = value.number
+
+    def write(self, value: Value) -> None:
+        """This value's rows are written."""
+        self.written = value.number
+
+
+class RowProgram:
+    """A program over rows in consecutive sections; `run` gives sums per segment, and rows.
+
+    Sections that write rows have to come first. A dropout draws its seed from PyTorch's generator when the program runs.
+    """
+
+    def __init__(self):
+        self.sections: list[SectionWriter] = []
+        self.tensors: list[Tensor] = []
+        self.indices: list[Tensor] = []
+        self.masks = 0
+
+    def section(self, rows: int) -> SectionWriter:
+        """A new section of the next ``rows`` rows."""
+        self.sections.append(SectionWriter(self, rows))
+        return self.sections[-1]
+
+    def tensor(self, tensor: Tensor) -> int:
+        """The number of a tensor among the op's."""
+        return _place(self.tensors, tensor)
+
+    def index(self, index: Tensor) -> int:
+        """The number of an index among the op's."""
+        return _place(self.indices, index)
+
+    def next_mask(self) -> int:
+        self.masks += 1
+        return self.masks - 1
+
+    def run(self, ptr: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(sums [S, d], rows [R', d']); of no size where no section has them. ptr: int64 [S + 1]."""
+        bounds = [0]
+        code: list[int] = []
+        constants: list[float] = []
+        for section in self.sections:
+            bounds.append(bounds[-1] + section.rows)
+            code += [section.count, section.sums, section.written, *section.code]
+            constants += section.constants
+        seed = torch.randint(0, 2**32, (2,)) if self.masks else None
+        return torch.ops.scalegmn_fast.row_program(self.tensors, self.indices, bounds, code, constants, ptr, seed)
+
+
+def _place(known: list[Tensor], tensor: Tensor) -> int:
+    for number, other in enumerate(known):
+        if other is tensor:
+            return number
+    known.append(tensor)
+    return len(known) - 1
