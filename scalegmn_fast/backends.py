@@ -141,6 +141,12 @@ def why_not(name: str, op: str, tensor: Tensor) -> str | None:
     return None
 
 
+def serves(name: str, op: str, tensor: Tensor) -> bool:
+    """Whether calls of `op` on tensors like this one would go to the backend `name`; never warns or raises."""
+    chosen = active()
+    return chosen in (name, "auto") and why_not(name, op, tensor) is None
+
+
 def resolve(op: str, tensor: Tensor) -> str:
     """The backend that serves a call of `op` on tensors of this device and dtype.
 

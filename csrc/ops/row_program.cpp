@@ -323,8 +323,8 @@ class Program {
       result = result ? c10::promoteTypes(*result, tensor.scalar_type()) : tensor.scalar_type();
       const int64_t width = tensor.size(1);
       if (step.op == RowOp::load) step.width = width;
-      TORCH_CHECK_VALUE(width == (step.op == RowOp::scale ? 1 : step.width), "tensors: expected a table of width ",
-                        step.width, ", got ", tensor.sizes());
+      const int64_t expected = step.op == RowOp::scale ? 1 : step.width;
+      TORCH_CHECK_VALUE(width == expected, "tensors: expected a table of width ", expected, ", got ", tensor.sizes());
     } else if (step.op == RowOp::linear) {
       at::Tensor weight = operand(t[0], "a weight").to(wide_);
       TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == step.in_width, "tensors: expected a weight [*, ",

@@ -248,17 +248,17 @@ class ForwardGnn(_Gnn):
             remaining = options.num_layers - 1 - index
             receivers = plan.live_nodes(remaining) if shrinks else plan.num_nodes
             edges = forward_messages(graph, x.shape[0], receivers, options.pair_types(e))
-            num_edges = edges.sender.shape[0]
             reads_p = options.gnn["pos_embed_msg"] and options.symmetry != "permutation"
             message_p = GatheredRows(p.table, p.index[edges.receiver]) if reads_p else None
-            aggregated = layer.aggregate(x, narrow(e, 0, num_edges), edges, message_p)
+            update, needed = getattr(layer, "update_edge_attr_fn", None), 0
+            if update is not None:
+                needed = plan.edges_into(plan.live_nodes(remaining - 1)) if shrinks else plan.num_edges
+            nodes = node_classes(graph, x.shape[0])
+            aggregated, updated_e = layer.aggregate(x, e, edges, message_p, update, needed, nodes)
+            e = e if updated_e is None else updated_e
             rows = node_classes(graph, receivers)
             update_p = narrow(p, 0, receivers) if options.gnn["pos_embed_upd"] else None
             updated = layer.update_nodes(x[:receivers], aggregated, update_p, rows)
-            if hasattr(layer, "update_edge_attr_fn"):
-                needed = plan.edges_into(plan.live_nodes(remaining - 1)) if shrinks else plan.num_edges
-                ends = (plan.index("source")[:needed], plan.index("target")[:needed])
-                e = layer.update_edge_attr_fn(x, narrow(e, 0, needed), *ends, node_classes(graph, x.shape[0]))
             x = self.next_x(index, x[:receivers], updated)
         if options.equivariant:
             return x, e
@@ -318,15 +318,18 @@ class BidirectionalGnn(_Gnn):
             def sender_p(direction):
                 return GatheredRows(p.table, p.index[direction.sender]) if reads_p else None
 
-            from_inputs = self.fw_layers[index].aggregate(
-                x, narrow(e, 0, along.sender.shape[0]), along, sender_p(along)
-            )
-            from_outputs = self.bw_layers[index].aggregate(x, against_features, against, sender_p(against))
+            update = back_update = None
             if options.updates_edges and index < len(self.fw_update_edge_attr_fn):
-                classes = node_classes(graph)
-                e = self.fw_update_edge_attr_fn[index](x, e, plan.index("source"), plan.index("target"), classes)
+                update = self.fw_update_edge_attr_fn[index]
                 if self.updates_back and not options.is_last(index):
-                    back = self.bw_update_edge_attr_fn[index](x, back, *plan.reversed_ends(), classes)
+                    back_update = self.bw_update_edge_attr_fn[index]
+            classes, edges = node_classes(graph), plan.num_edges
+            before = e
+            from_inputs, e = self.fw_layers[index].aggregate(x, e, along, sender_p(along), update, edges, classes)
+            from_outputs, updated_back = self.bw_layers[index].aggregate(
+                x, before if carried else against_features, against, sender_p(against), back_update, edges, classes
+            )
+            e, back = before if e is None else e, back if updated_back is None else updated_back
             rows, update_p = node_classes(graph), p
             if ends_only:
                 first = plan.num_nodes - plan.num_first

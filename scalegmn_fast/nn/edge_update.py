@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .equivariant import CANONICAL_EPS, SymmetryPair
 from .mlp import Mlp
-from .rows import GatheredRows, RowClasses, Rows, by_symmetry, dense, linear
+from .rows import GatheredRows, RowClasses, Rows, TracedRows, add, by_symmetry, dense, linear, multiply
 
 
 class EdgeUpdate(SymmetryPair):
@@ -53,6 +54,23 @@ class EdgeUpdate(SymmetryPair):
             ends = [self._canonical(x[index], classes, index) for index in (source, target)]
             gate = self.phi(*ends)
         return linear(e, self.W.weight) * gate
+
+    def body(self, x: Tensor, source: Tensor, target: Tensor, classes: RowClasses | None):
+        """``f(edge rows)``: the update on the rows of a section of a row program."""
+        if self.symmetry == "permutation":
+            return lambda e: self.phi(e, *(e._replace(form=GatheredRows(x, index)) for index in (source, target)))
+        canonical, first = self._canonical(x, classes), self.phi.fc[0]
+        maps = first.weight.split(x.shape[1], dim=1)
+        ends = [
+            GatheredRows(F.linear(canonical, weight, bias), index)
+            for weight, bias, index in zip(maps, (first.bias, None), (source, target), strict=True)
+        ]
+
+        def update(e: TracedRows) -> TracedRows:
+            gate = self.phi.after_first(add(*(e._replace(form=end) for end in ends)))
+            return multiply(linear(e, self.W.weight), gate)
+
+        return update
 
     def _gathered(self, x: Tensor, index: Tensor) -> Rows:
         return GatheredRows(x, index) if self.work.hoist else x[index]

@@ -11,8 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from . import fused
 from .mlp import Mlp, MlpNet
-from .rows import GatheredRows, RowClasses, Rows, by_class, by_symmetry, count, dense, linear, take
+from .rows import (
+    GatheredRows,
+    RowClasses,
+    Rows,
+    TracedRows,
+    add,
+    by_class,
+    by_symmetry,
+    count,
+    dense,
+    linear,
+    multiply,
+    take,
+)
 from .work import PlannedModule
 
 CANONICAL_EPS = 1e-10
@@ -21,6 +35,10 @@ SYMMETRIES = ("sign", "scale", "hetero", "permutation")
 
 def normalize_rows(rows: Rows, eps: float) -> Rows:
     """``x / (||x||_2 + eps)`` per row; the norm in float32 or better; a zero row gives 0 with zero gradient."""
+    if isinstance(rows, TracedRows):
+        if isinstance(rows.form, GatheredRows):
+            return rows._replace(form=_through_table(rows.form, lambda form: normalize_rows(form, eps)))
+        return rows._replace(form=rows.section.normalize(rows.value(), eps))
     if not isinstance(rows, GatheredRows) or rows.scale is None:
         return ops.symmetrize(dense(rows), kind="normalize", eps=eps)
     wide = torch.promote_types(rows.table.dtype, torch.float32)
@@ -34,9 +52,20 @@ def normalize_rows(rows: Rows, eps: float) -> Rows:
 
 def absolute_rows(rows: Rows) -> Rows:
     """``|x|`` elementwise."""
+    if isinstance(rows, TracedRows):
+        if isinstance(rows.form, GatheredRows):
+            return rows._replace(form=_through_table(rows.form, absolute_rows))
+        return rows._replace(form=rows.section.abs(rows.value()))
     if isinstance(rows, GatheredRows) and rows.scale is not None:
         return GatheredRows(rows.table.abs(), rows.index, rows.scale.abs())
     return ops.symmetrize(dense(rows), kind="abs")
+
+
+def _through_table(rows: GatheredRows, canonicalise) -> GatheredRows:
+    """The canonicalisation of gathered rows, on the table."""
+    if rows.scale is None:
+        return rows._replace(table=canonicalise(rows.table))
+    return canonicalise(rows)
 
 
 class Canonicalization(PlannedModule):
@@ -213,7 +242,7 @@ class EquivariantLayer(PlannedModule):
             gate = self.g(x) if extra is None else self.g(x, extra)
         else:
             gate = self.g(x, extra, classes)
-        return linear(x, self.W.weight) * gate
+        return multiply(linear(x, self.W.weight), gate)
 
 
 class EquivariantNet(PlannedModule):
@@ -258,6 +287,7 @@ class EquivariantNet(PlannedModule):
         super().__init__()
         if num_mlps not in (1, 2, 3):
             raise ValueError(f"num_mlps must be 1, 2 or 3, got {num_mlps}")
+        self.symmetry = symmetry
         widths = [(d_out if index else d_in) for index in range(n_layers)]
         separate = mlp_on_io or layer_equiv_on_hidden
 
@@ -284,9 +314,11 @@ class EquivariantNet(PlannedModule):
         self.skip_connections = skip_connections
 
     def forward(self, x: Rows, extra: Rows | None = None, classes: RowClasses | None = None) -> Tensor:
+        if isinstance(x, Tensor) and isinstance(extra, GatheredRows | None) and fused.serves(self, x):
+            return fused.net(self, x, extra, classes or RowClasses(0, count(x), 0))
         for index, layer in enumerate(self.eq_layers):
             out = self._layer(index, layer, x, extra, classes)
-            x = linear(x, self.skip_layers[index].weight) + out if self.skip_connections else out
+            x = add(linear(x, self.skip_layers[index].weight), out) if self.skip_connections else out
         return dense(x)
 
     def _layer(self, index: int, layer: EquivariantLayer, x: Rows, extra, classes: RowClasses | None) -> Tensor:

@@ -11,9 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from . import fused
 from .equivariant import CANONICAL_EPS, EquivariantNet, SymmetryPair
 from .mlp import MlpNet
-from .rows import FactoredEdges, GatheredRows, RowClasses, Rows, dense, linear, take
+from .rows import (
+    FactoredEdges,
+    GatheredRows,
+    RowClasses,
+    Rows,
+    TracedRows,
+    concat,
+    dense,
+    linear,
+    multiply,
+    narrow,
+    take,
+)
 from .work import PlannedModule
 
 AGGREGATORS = {"add": "sum", "sum": "sum", "mean": "mean", "max": "max"}
@@ -41,7 +54,66 @@ class Direction(NamedTuple):
     pairs: tuple[Tensor, Tensor, Tensor] | None = None
 
 
-class MessageProduct(PlannedModule):
+class Message(PlannedModule):
+    """A message function: `aggregate` sums its messages per receiver, and updates the same edges if asked to.
+
+    Subclasses have ``reduce``, ``compute(x, e, edges, p)``, the messages [M, d_hid], and ``body(x, e, edges, p)``, what
+    traces a message on the edge rows of a section.
+    """
+
+    reduce: str
+
+    def aggregate(
+        self,
+        x: Tensor,
+        e: Rows,
+        edges: Direction,
+        p: Rows | None = None,
+        update=None,
+        updated_rows: int = 0,
+        nodes=None,
+    ) -> tuple[Tensor, Rows | None]:
+        """Aggregated messages [T, d_hid], and updated edge features [updated_rows, d_out] (None without an update).
+
+        Args:
+            x: node features [N, d_in_v].
+            e: edge features, at least as many rows as there are messages.
+            edges: the messages.
+            p: positional extras, a row per message.
+            update: `EdgeUpdate` of the edges that the messages run along, or None.
+            updated_rows: how many of them, from the first, are updated.
+            nodes: `RowClasses` of the nodes, for the update.
+        """
+        count = edges.sender.shape[0]
+        if not (fused.serves(self, x) and self.reduce in ("sum", "mean") and updated_rows <= count):
+            own = narrow(e, 0, count) if edges.order is None else e
+            out = ops.segment_reduce(self.compute(x, own, edges, p), edges.ptr, self.reduce)
+            if update is None:
+                return out, None
+            ends = (edges.sender[:updated_rows], edges.receiver[:updated_rows])
+            return out, update(x, narrow(e, 0, updated_rows), *ends, nodes)
+        trace = None if update is None else update.body(x, edges.sender, edges.receiver, nodes)
+        symmetric = self.symmetric_rows(edges)
+        if symmetric is None:
+            sums, written = fused.messages(self.body(x, e, edges, p), e, edges, trace, updated_rows)
+        else:
+            sums, written = 0, None
+            for side, name in enumerate(("sign", "scale")):
+                part, rows = fused.subset_direction(edges, symmetric, side)
+                part_p = None if p is None else take(p, rows)
+                sums = sums + fused.messages(self.body(x, e, part, part_p), e, part, symmetry=name)[0]
+            if trace is not None:
+                written = fused.edges(trace, e, updated_rows)
+        if self.reduce == "mean":
+            sums = sums / (edges.ptr[1:] - edges.ptr[:-1]).clamp(min=1).unsqueeze(1)
+        return sums, written
+
+    def symmetric_rows(self, edges: Direction) -> RowClasses | None:
+        """Classes, with the split, of the rows whose symmetry decides (``hetero``); else None."""
+        return None
+
+
+class MessageProduct(Message):
     """The product ``(w_e e_ij) * (w_v x_j)`` that scale-equivariant messages start from."""
 
     def add_maps(self, d_in_v: int, d_in_e: int, d_hid: int) -> None:
@@ -64,6 +136,15 @@ class MessageProduct(PlannedModule):
         senders = self.w_v(x)[edges.sender] if self.work.hoist else self.w_v(x[edges.sender])
         return mapped * senders
 
+    def traced_product(self, x: Tensor, e: Rows, edges: Direction):
+        """``f(edge rows)``: `product` on the rows of a section."""
+        factored = isinstance(e, FactoredEdges) and (e.types is None or edges.pairs is not None)
+        if factored and e.offsets is None and e.weights.shape[1] == 1:
+            pairs = self.product(x, e, edges)
+            return lambda rows: rows._replace(form=pairs)
+        senders = GatheredRows(self.w_v(x), edges.sender)
+        return lambda rows: multiply(linear(rows, self.w_e.weight), rows._replace(form=senders))
+
 
 class EquivariantMessage(MessageProduct):
     """``EquivariantNet((w_e e_ij) * (w_v x_j), p)``, aggregated per receiver.
@@ -80,10 +161,19 @@ class EquivariantMessage(MessageProduct):
         self.message_fn = EquivariantNet(d_in=d_hid, d_out=d_hid, **net)
         self.reduce = _reduction(aggregator)
 
-    def aggregate(self, x: Tensor, e: Rows, edges: Direction, p: Rows | None = None) -> Tensor:
-        """Aggregated messages [T, d_hid] from node features x [N, d_in_v] and edge features e [E, d_in_e]."""
-        messages = self.message_fn(self.product(x, e, edges), p, edges.classes)
-        return ops.segment_reduce(messages, edges.ptr, self.reduce)
+    def compute(self, x: Tensor, e: Rows, edges: Direction, p: Rows | None) -> Tensor:
+        return self.message_fn(self.product(x, e, edges), p, edges.classes)
+
+    def body(self, x: Tensor, e: Rows, edges: Direction, p: Rows | None):
+        product = self.traced_product(x, e, edges)
+
+        def message(rows: TracedRows, context: dict, classes: RowClasses) -> TracedRows:
+            return self.message_fn(product(rows), None if p is None else rows._replace(form=p), classes)
+
+        return message
+
+    def symmetric_rows(self, edges: Direction) -> RowClasses | None:
+        return edges.classes if self.message_fn.symmetry == "hetero" else None
 
 
 class CarriedMessage(SymmetryPair, MessageProduct):
@@ -113,17 +203,34 @@ class CarriedMessage(SymmetryPair, MessageProduct):
         self.add_layers(d_in_v + d_hid, d_hid, mlp_args, symmetry, sign_symmetrization, eps, d_extra=d_extra)
         self.reduce = _reduction(aggregator)
 
-    def aggregate(self, x: Tensor, e: Rows, edges: Direction, p: Rows | None = None) -> Tensor:
-        """Aggregated messages [T, d_hid]; ``edges`` run against the weights."""
+    def compute(self, x: Tensor, e: Rows, edges: Direction, p: Rows | None) -> Tensor:
+        """``edges`` run against the weights."""
         along = edges._replace(sender=edges.receiver)
-        product = dense(self.product(x, e, along))
-        pair = torch.cat([x[edges.sender], product], dim=1)
-        total = edges.sender.shape[0]
-        gate = self.invariant(pair, p, RowClasses(0, total, 0, edges.sender_split))
-        return ops.segment_reduce(linear(GatheredRows(x, edges.receiver), self.W.weight) * gate, edges.ptr, self.reduce)
+        pair = torch.cat([x[edges.sender], dense(self.product(x, e, along))], dim=1)
+        gate = self.invariant(pair, p, self._pairs(edges))
+        return linear(GatheredRows(x, edges.receiver), self.W.weight) * gate
+
+    def body(self, x: Tensor, e: Rows, edges: Direction, p: Rows | None):
+        product = self.traced_product(x, e, edges._replace(sender=edges.receiver))
+        receivers = GatheredRows(torch.nn.functional.linear(x, self.W.weight), edges.receiver)
+
+        def message(rows: TracedRows, context: dict, classes: RowClasses) -> TracedRows:
+            pair = concat([rows._replace(form=GatheredRows(x, edges.sender)), product(rows)])
+            gate = self.invariant(pair, None if p is None else rows._replace(form=p), classes)
+            return multiply(gate, rows._replace(form=receivers))
+
+        return message
+
+    def symmetric_rows(self, edges: Direction) -> RowClasses | None:
+        return self._pairs(edges) if self.symmetry == "hetero" else None
+
+    @staticmethod
+    def _pairs(edges: Direction) -> RowClasses:
+        """A pair is invariant under the sender's symmetry, whatever the receiver's class."""
+        return RowClasses(0, edges.sender.shape[0], 0, edges.sender_split)
 
 
-class PlainMessage(PlannedModule):
+class PlainMessage(Message):
     """``mlp([e_ij, x_j])``, aggregated per receiver: no symmetry but permutations."""
 
     def __init__(self, d_hid: int, aggregator: str, mlp_args: dict):
@@ -131,11 +238,13 @@ class PlainMessage(PlannedModule):
         self.message_fn = MlpNet(2 * d_hid, d_hid, mlp_args)
         self.reduce = _reduction(aggregator)
 
-    def aggregate(self, x: Tensor, e: Rows, edges: Direction, p: Rows | None = None) -> Tensor:
-        """Aggregated messages [T, d_hid]; p is not read (as in the original)."""
+    def compute(self, x: Tensor, e: Rows, edges: Direction, p: Rows | None) -> Tensor:
+        """p is not read (as in the original)."""
         senders = GatheredRows(x, edges.sender) if self.work.hoist else x[edges.sender]
-        messages = self.message_fn(e if edges.order is None else take(e, edges.order), senders)
-        return ops.segment_reduce(messages, edges.ptr, self.reduce)
+        return self.message_fn(e if edges.order is None else take(e, edges.order), senders)
+
+    def body(self, x: Tensor, e: Rows, edges: Direction, p: Rows | None):
+        return lambda rows, context, classes: self.message_fn(rows, rows._replace(form=GatheredRows(x, edges.sender)))
 
 
 class SineUpdate(PlannedModule):

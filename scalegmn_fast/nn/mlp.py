@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
-from .rows import MappedRows, Rows, dense, linear, negate, width
+from .rows import MappedRows, Rows, add, add_vector, dense, dropout, linear, negate, norm_act, symmetrize, width
 from .work import PlannedModule
 
 ACTIVATIONS = ("elu", "relu", "silu", "tanh", "sigmoid", "sine", "identity")
-
-
-def activate(x: Tensor, name: str, w0: float = 30.0) -> Tensor:
-    """An activation by name; ``sine`` is sin(w0 x)."""
-    match name:
-        case "identity":
-            return x
-        case "sine":
-            return torch.sin(w0 * x)
-        case "elu":
-            return F.elu(x)
-        case "silu":
-            return F.silu(x)
-        case "relu" | "tanh" | "sigmoid":
-            return getattr(torch, name)(x)
-    raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
 
 
 class Mlp(PlannedModule):
@@ -95,7 +77,7 @@ class Mlp(PlannedModule):
         maps = layer.weight.split([width(part) for part in parts], dim=1)
         out = linear(parts[0], maps[0], layer.bias)
         for part, weight in zip(parts[1:], maps[1:], strict=True):
-            out = out + linear(part, weight)
+            out = add(out, linear(part, weight))
         return out
 
     def after_first(self, z: Tensor) -> Tensor:
@@ -103,39 +85,34 @@ class Mlp(PlannedModule):
         before = None
         for index in range(len(self.fc)):
             if index:
-                z = self.fc[index](before)
+                z = linear(before, self.fc[index].weight, self.fc[index].bias)
             x = z if index == len(self.fc) - 1 else self._between(z, index)
-            before = x + before if self.skip and index else x
-        return activate(before, self.final_activation, self.w0)
+            before = add(x, before) if self.skip and index else x
+        return norm_act(before, None, self.final_activation, self.w0)
 
     def _between(self, z: Tensor, index: int) -> Tensor:
-        if self.ln is not None:
-            z = self.ln[index](z)
+        norm = None if self.ln is None else self.ln[index]
         if self.bn is not None and (z.shape[0] or not self.training):
-            z = self.bn[index](z)
-        return F.dropout(activate(z, self.activation, self.w0), self.dropout, self.training)
+            z, norm = self.bn[index](z if norm is None else norm(z)), None
+        return dropout(norm_act(z, norm, self.activation, self.w0), self.dropout, self.training)
 
     def symmetrized(self, rows: Rows) -> Rows:
         """``mlp(x) + mlp(-x)`` (even in x).
 
-        With one hidden layer the first linear map runs once and the last is left to the reader. Dropout and batch
-        normalisation act on the two halves apart, so with them both halves run.
+        With one hidden layer the first linear map runs once and the last is left to the reader. Batch normalisation
+        acts on the two halves apart, so with it both run; dropout does too, behind the shared first map.
         """
-        apart = self.bn is not None or (self.training and self.dropout > 0)
         plain = len(self.fc) == 2 and not self.skip and self.final_activation == "identity"
-        if apart or not plain or not self.work.share:
-            return self(rows) + self(negate(rows))
+        if self.bn is not None or not plain or not self.work.share:
+            return add(self(rows), self(negate(rows)))
         first, last = self.fc
         norm = self.ln[0] if self.ln is not None else None
-        hidden = ops.symmetrize(
-            linear(rows, first.weight),
-            first.bias,
-            None if norm is None else norm.weight,
-            None if norm is None else norm.bias,
-            kind="activation",
-            activation=self.activation,
-            w0=self.w0,
-        )
+        hidden = linear(rows, first.weight)
+        if self.training and self.dropout > 0:
+            branches = (self._between(add_vector(half, first.bias), 0) for half in (hidden, negate(hidden)))
+            hidden = add(*branches)
+        else:
+            hidden = symmetrize(hidden, first.bias, norm, self.activation, self.w0)
         mapped = MappedRows(hidden, last.weight, None if last.bias is None else 2 * last.bias)
         return mapped if self.work.compose else dense(mapped)
 
@@ -156,4 +133,4 @@ class MlpNet(PlannedModule):
         return self.rho(*parts)
 
 
-__all__ = ["ACTIVATIONS", "Mlp", "MlpNet", "activate"]
+__all__ = ["ACTIVATIONS", "Mlp", "MlpNet"]

@@ -2,7 +2,8 @@
 
 A block of R rows of width d is a dense tensor [R, d] or one of the forms below; `linear`, `dense`, `narrow` and `take`
 accept any of them. A linear map of gathered rows runs on the table, of mapped rows is composed with the map, of
-factored edges is a [width, d_e] matrix per edge type.
+factored edges is a [width, d_e] matrix per edge type. `TracedRows` are rows of a `row_program` being written down: the
+same modules then add steps to it instead of computing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .. import ops
+from ..ops.row_program import SectionWriter, Value
 
 
 class GatheredRows(NamedTuple):
@@ -42,7 +46,56 @@ class FactoredEdges(NamedTuple):
     types: Tensor | None
 
 
-Rows = Tensor | GatheredRows | MappedRows | FactoredEdges
+class TracedRows(NamedTuple):
+    """Rows of a section of a `row_program`.
+
+    form: a step's value, or rows that are still to be read: gathered rows or factored edges, over the program's rows.
+    row_class: their class; absent: classes without rows anywhere, whose branches still have to get zero gradients.
+    symmetry: for ``hetero`` "sign" or "scale".
+    """
+
+    section: SectionWriter
+    form: Value | GatheredRows | FactoredEdges
+    row_class: str = "hidden"
+    absent: tuple[str, ...] = ()
+    symmetry: str | None = None
+
+    def value(self) -> Value:
+        """The rows as a step's value."""
+        section, form = self.section, self.form
+        if isinstance(form, Value):
+            return form
+        if isinstance(form, GatheredRows):
+            rows = section.load(form.table, form.index)
+            return rows if form.scale is None else section.scale(rows, form.scale)
+        if form.types is None:
+            offsets = form.offsets
+            rows = section.load(form.weights)
+            return section.linear(rows, form.maps[0], offsets if offsets is None or offsets.ndim == 1 else offsets[0])
+        rows = section.scale(section.load(form.maps[:, :, 0], form.types), form.weights)
+        if form.offsets is None:
+            return rows
+        return (
+            section.add_vector(rows, form.offsets)
+            if form.offsets.ndim == 1
+            else section.load_add(rows, form.offsets, form.types)
+        )
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> TracedRows:
+        form = self.form
+        if isinstance(form, FactoredEdges):
+            offsets = bias if form.offsets is None else F.linear(form.offsets, weight, bias)
+            mapped = FactoredEdges(form.weights, weight @ form.maps, offsets, form.types)
+            return self._replace(form=self._replace(form=mapped).value())
+        if isinstance(form, GatheredRows) and self.section.rows >= form.table.shape[0]:
+            scaled_bias = bias is not None and form.scale is not None
+            table = F.linear(form.table, weight, None if scaled_bias else bias)
+            mapped = self._replace(form=GatheredRows(table, form.index, form.scale))
+            return mapped._replace(form=self.section.add_vector(mapped.value(), bias)) if scaled_bias else mapped
+        return self._replace(form=self.section.linear(self.value(), weight, bias))
+
+
+Rows = Tensor | GatheredRows | MappedRows | FactoredEdges | TracedRows
 
 
 def count(rows: Rows) -> int:
@@ -51,7 +104,9 @@ def count(rows: Rows) -> int:
         return rows.shape[0]
     if isinstance(rows, GatheredRows):
         return rows.index.shape[0]
-    return rows[0].shape[0]
+    if isinstance(rows, TracedRows):
+        return rows.section.rows
+    return count(rows[0])
 
 
 def width(rows: Rows) -> int:
@@ -60,11 +115,15 @@ def width(rows: Rows) -> int:
         return rows.shape[1]
     if isinstance(rows, GatheredRows):
         return rows.table.shape[1]
+    if isinstance(rows, TracedRows):
+        return rows.form.width if isinstance(rows.form, Value) else width(rows.form)
     return rows[1].shape[-2]
 
 
-def linear(rows: Rows, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(rows: Rows, weight: Tensor, bias: Tensor | None = None) -> Tensor | TracedRows:
     """``rows @ weight.T + bias`` as a dense [R, out]."""
+    if isinstance(rows, TracedRows):
+        return rows.linear(weight, bias)
     if isinstance(rows, Tensor):
         return F.linear(rows, weight, bias)
     if isinstance(rows, GatheredRows):
@@ -75,25 +134,98 @@ def linear(rows: Rows, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = rows.scale * F.linear(rows.table, weight)[rows.index]
         return out if bias is None else out + bias
     if isinstance(rows, MappedRows):
-        if rows.hidden.shape[0] < rows.weight.shape[1]:
-            return F.linear(dense(rows), weight, bias)
+        if count(rows) < rows.weight.shape[1]:
+            return linear(dense(rows), weight, bias)
         composed = rows.bias if rows.bias is None else F.linear(rows.bias, weight, bias)
-        return F.linear(rows.hidden, weight @ rows.weight, bias if composed is None else composed)
+        return linear(rows.hidden, weight @ rows.weight, bias if composed is None else composed)
     maps = weight @ rows.maps
     offsets = bias if rows.offsets is None else F.linear(rows.offsets, weight, bias)
     return _apply_maps(rows.weights, maps, offsets, rows.types)
 
 
-def dense(rows: Rows) -> Tensor:
+def dense(rows: Rows) -> Tensor | TracedRows:
     """The rows written out, [R, d]."""
-    if isinstance(rows, Tensor):
+    if isinstance(rows, Tensor | TracedRows):
         return rows
     if isinstance(rows, GatheredRows):
         gathered = rows.table[rows.index]
         return gathered if rows.scale is None else rows.scale * gathered
     if isinstance(rows, MappedRows):
-        return F.linear(rows.hidden, rows.weight, rows.bias)
+        return linear(rows.hidden, rows.weight, rows.bias)
     return _apply_maps(rows.weights, rows.maps, rows.offsets, rows.types)
+
+
+def add(a: Tensor | TracedRows, b: Tensor | TracedRows) -> Tensor | TracedRows:
+    """``a + b``."""
+    return a + b if isinstance(a, Tensor) else _join(a, b, a.section.add, a.section.load_add)
+
+
+def multiply(a: Tensor | TracedRows, b: Tensor | TracedRows) -> Tensor | TracedRows:
+    """``a * b`` elementwise."""
+    return a * b if isinstance(a, Tensor) else _join(a, b, a.section.mul, a.section.load_mul)
+
+
+def _join(a: TracedRows, b: TracedRows, values, with_table) -> TracedRows:
+    form = b.form
+    if isinstance(form, GatheredRows) and form.scale is None:
+        return a._replace(form=with_table(a.value(), form.table, form.index))
+    return a._replace(form=values(a.value(), b.value()))
+
+
+def concat(parts: list[Tensor | TracedRows]) -> Tensor | TracedRows:
+    """The parts side by side."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts, dim=1)
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = joined._replace(form=joined.section.concat(joined.value(), part.value()))
+    return joined
+
+
+def norm_act(rows: Tensor | TracedRows, norm, activation: str, w0: float) -> Tensor | TracedRows:
+    """``act(norm(rows))``; norm is a LayerNorm or None."""
+    if isinstance(rows, TracedRows):
+        if norm is None and activation == "identity":
+            return rows
+        weight, shift = (None, None) if norm is None else (norm.weight, norm.bias)
+        return rows._replace(form=rows.section.norm_act(rows.value(), weight, shift, activation, w0))
+    rows = rows if norm is None else norm(rows)
+    match activation:
+        case "identity":
+            return rows
+        case "sine":
+            return torch.sin(w0 * rows)
+        case "elu":
+            return F.elu(rows)
+        case "silu":
+            return F.silu(rows)
+    return getattr(torch, activation)(rows)
+
+
+def symmetrize(rows: Tensor | TracedRows, bias, norm, activation: str, w0: float) -> Tensor | TracedRows:
+    """``act(norm(rows + bias)) + act(norm(bias - rows))``; norm is a LayerNorm or None."""
+    weight, shift = (None, None) if norm is None else (norm.weight, norm.bias)
+    if isinstance(rows, TracedRows):
+        return rows._replace(form=rows.section.symmetrize(rows.value(), bias, weight, shift, activation, w0))
+    return ops.symmetrize(rows, bias, weight, shift, kind="activation", activation=activation, w0=w0)
+
+
+def dropout(rows: Tensor | TracedRows, probability: float, training: bool) -> Tensor | TracedRows:
+    """Dropout while training."""
+    if isinstance(rows, Tensor):
+        return F.dropout(rows, probability, training)
+    if not training or probability == 0:
+        return rows
+    return rows._replace(form=rows.section.dropout(rows.value(), probability))
+
+
+def add_vector(rows: Tensor | TracedRows, vector: Tensor | None) -> Tensor | TracedRows:
+    """The rows plus a vector [d], or None for 0."""
+    if vector is None:
+        return rows
+    if isinstance(rows, Tensor):
+        return rows + vector
+    return rows._replace(form=rows.section.add_vector(rows.value(), vector))
 
 
 def _apply_maps(weights: Tensor, maps: Tensor, offsets: Tensor | None, types: Tensor | None) -> Tensor:
@@ -129,6 +261,8 @@ def _map(rows: Rows, fn) -> Rows:
 
 def negate(rows: Rows) -> Rows:
     """The rows with the other sign."""
+    if isinstance(rows, TracedRows):
+        return rows._replace(form=rows.section.negate(rows.value()))
     if isinstance(rows, GatheredRows) and rows.scale is not None:
         return GatheredRows(rows.table, rows.index, -rows.scale)
     return -dense(rows)
@@ -179,6 +313,8 @@ def by_class(partition: bool, parts: tuple[Rows, ...], classes: RowClasses, bran
     A branch without rows runs on none, so that its parameters get zero gradients instead of no gradients (optimisers
     with weight decay and DistributedDataParallel see the same parameters in every step).
     """
+    if isinstance(parts[0], TracedRows):
+        return _traced_by_class(parts, classes, branches)
     if not partition:
         return _masked(parts, classes, branches)
     pieces = {}
@@ -189,6 +325,19 @@ def by_class(partition: bool, parts: tuple[Rows, ...], classes: RowClasses, bran
             pieces[name] = branch(tuple(narrow(part, start, length) for part in parts), classes.only(name))
     ordered = [pieces[name] for name in ("last", "hidden", "first") if name in pieces]
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+
+
+def _traced_by_class(parts: tuple[TracedRows, ...], classes: RowClasses, branches: dict) -> TracedRows:
+    """The branch of the rows' class; inside it they are hidden rows, as in `RowClasses.only`."""
+    own, absent = parts[0].row_class, parts[0].absent
+    inner = tuple(part._replace(row_class="hidden", absent=("last", "first")) for part in parts)
+    out = None
+    for branch, names in branches.items():
+        if own in names:
+            out = branch(inner, classes)
+        elif set(names) <= set(absent):
+            branch(inner, classes)  # read by nobody: not computed, but its parameters get zero gradients
+    return out
 
 
 def _masked(parts, classes: RowClasses, branches: dict) -> Tensor:
@@ -210,6 +359,8 @@ def by_symmetry(partition: bool, rows: Rows, classes: RowClasses, sign, scale) -
 
     Both are called as ``f(rows, chosen)``: the rows, and their int64 numbers among all rows (None: all of them).
     """
+    if isinstance(rows, TracedRows):
+        return (sign if rows.symmetry == "sign" else scale)(rows, None)
     sign_rows, scale_rows = classes.sign_rows()
     if not partition:
         mask = torch.zeros(count(rows), 1, dtype=torch.bool, device=sign_rows.device).index_fill(0, sign_rows, True)

@@ -18,6 +18,8 @@ class WorkPlan:
         low_rank: layer-0 edge features stay factored as ``map @ weight`` (off: [E, d] from the start).
         share: ``rho(x) + rho(-x)`` runs rho's first linear map once.
         compose: two linear maps with nothing between them become one.
+        fuse: where a `row_program` engine serves the tensors (the CPU's) and all of the above are on, messages, edge
+            updates and node updates run as programs, tile by tile.
     """
 
     partition: bool = True
@@ -26,11 +28,12 @@ class WorkPlan:
     low_rank: bool = True
     share: bool = True
     compose: bool = True
+    fuse: bool = True
 
     @classmethod
     def none(cls) -> WorkPlan:
         """Every identity off: the computation as the paper writes it."""
-        return cls(False, False, False, False, False, False)
+        return cls(False, False, False, False, False, False, False)
 
 
 class PlannedModule(nn.Module):

@@ -1,8 +1,8 @@
 """`row_program`: programs of row operations, run tile by tile from gathers to sums per segment.
 
-`RowProgram` writes a program down; one call of the op runs it. Message, edge update and node update of ScaleGMN are such
-programs (`scalegmn_fast.nn.fused`): whatever a configuration asks for becomes steps, and what lies between the steps never
-leaves the cache.
+`RowProgram` writes a program down; one call of the op runs it. Message, edge update and node update of ScaleGMN are
+such programs (`scalegmn_fast.nn.fused`): whatever a configuration asks for becomes steps, and what lies between the
+steps never leaves the cache.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ def _saved(ctx):
 def _first_order(ctx, grad_sums, grad_rows):
     tensors, indices, ptr, seed = _saved(ctx)
     wanted = list(ctx.needs_input_grad[0])
-    grads = _backward_op(
-        grad_sums, grad_rows, tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed, wanted
-    )
+    grads = _backward_op(grad_sums, grad_rows, tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed, wanted)
     found = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
     return found, [None] * len(indices), None, None, None, None, None
 
@@ -211,7 +209,8 @@ class SectionWriter:
 class RowProgram:
     """A program over rows in consecutive sections; `run` gives sums per segment, and rows.
 
-    Sections that write rows have to come first. A dropout draws its seed from PyTorch's generator when the program runs.
+    Sections that write rows have to come first. A dropout draws its seed from PyTorch's generator when the program
+    runs.
     """
 
     def __init__(self):

@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 
 class Section(NamedTuple):
-    """The program of rows [begin, end): its steps, the one that is added up per segment, and the one that is written."""
+    """The program of rows [begin, end): its steps, the one added up per segment, and the one that is written."""
 
     begin: int
     end: int
