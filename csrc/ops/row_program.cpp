@@ -25,7 +25,7 @@ namespace scalegmn {
 namespace {
 
 constexpr int64_t step_numbers = 8;
-constexpr int64_t tile_floats = 320 * 1024;    // of a tile's workspace: what fits a core's L2 cache beside the weights
+constexpr int64_t tile_floats = 448 * 1024;    // of a tile's workspace: what fits a core's L2 cache beside the weights
 constexpr int64_t partition_rows = 2048;       // so many pay for a partition's own copy of the parameter gradients
 constexpr int64_t most_partitions = 16;
 constexpr int64_t fewest_rows_to_share = 256;  // from here on two cores have enough to do
