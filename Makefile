@@ -1,4 +1,5 @@
 # make demo | test | check | bench     set themselves up in .venv first (python3 >= 3.10, a C++ compiler)
+# make bench-full                      every benchmark but bench.compare_original, which needs a checkout of the original
 # make gpu-check                       on a machine with a GPU: uses the python3 it finds, no network
 # Variables: PYTHON (to make .venv with), TORCH (what pip installs, options included), MAX_JOBS (compilers at once);
 # see setup.py for more. A torch that is already in .venv is kept.
@@ -11,7 +12,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: install demo test check bench gpu-check clean
+.PHONY: install demo test check bench bench-full gpu-check clean
 
 install: $(INSTALLED)
 
@@ -35,8 +36,17 @@ check: install
 	$(BIN)/scalegmn-fast check
 
 bench: install
+	$(BIN)/python -m bench.ops --seconds 0.5
+	$(BIN)/python -m bench.identities --config mnist_cls/scalegmn --seconds 10
+	$(BIN)/python -m bench.configs --config mnist_cls/scalegmn cifar10/scalegmn_relu --batch 16 --seconds 2
+	$(BIN)/python -m bench.scaling --max-edges 1e4 --seconds 1
+	$(BIN)/python -m bench.report
+
+bench-full: install
 	$(BIN)/python -m bench.ops
 	$(BIN)/python -m bench.identities
+	$(BIN)/python -m bench.configs
+	$(BIN)/python -m bench.scaling --max-edges 1e7
 	$(BIN)/python -m bench.report
 
 gpu-check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -13,8 +14,11 @@ from pathlib import Path
 import torch
 
 import scalegmn_fast
+from bench.isolated import MeasurementError, reason
 
 RESULTS = Path(__file__).parent / "results"
+#: Share of the processors that other processes may take while a row is timed.
+MOST_OTHERS = 0.05
 
 
 def machine() -> dict:
@@ -29,6 +33,7 @@ def machine() -> dict:
         ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
     ).stdout.strip()
     info = scalegmn_fast.build_info()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     return {
         "cpu": name,
         "isa": (info.get("compiled") or {}).get("cpu_isa"),
@@ -36,45 +41,95 @@ def machine() -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit or "unknown",
+        **({"onednn_max_cpu_isa": limit} if limit else {}),
     }
 
 
+class others:
+    """Context: ``share`` of the machine's processor time went to other processes within it (Linux; else None).
+
+    Threads that wait for each other at every op are slowed many times over by one other busy process.
+    """
+
+    share: float | None = None
+
+    def __enter__(self) -> others:
+        self.before = self.seconds()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        after = self.seconds()
+        if self.before and after:
+            total, busy, own = (b - a for a, b in zip(self.before, after, strict=True))
+            self.share = round(max(0.0, busy - own) / total, 3) if total else 0.0
+
+    @staticmethod
+    def seconds() -> tuple[float, float, float] | None:
+        """Processor seconds so far: all, all but idle ones, those of this process."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+        except OSError:
+            return None
+        ticks = [int(value) / os.sysconf("SC_CLK_TCK") for value in fields]
+        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], time.process_time()
+
+
 def alternate(
-    cases: dict[str, Callable[[], object]], *, seconds: float = 10.0, least: int = 5, sync: Callable = lambda: None
+    cases: dict[str, Callable[[], object]],
+    *,
+    seconds: float = 10.0,
+    least: int = 5,
+    most: int | None = None,
+    sync: Callable = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each case, timed in turn (A B C A B C ...) after one warm-up round.
 
-    Rounds go on until ``seconds`` have passed, and at least ``least`` of them.
+    Rounds go on until ``seconds`` have passed or ``most`` are done, and at least ``least`` of them are.
+
+    Raises:
+        MeasurementError: a case failed in its warm-up; the message names it.
     """
-    for case in cases.values():
-        case()
+    for name, case in cases.items():
+        try:
+            case()
+        except Exception as error:
+            raise MeasurementError(f"{name}: {reason(error)}") from error
     sync()
     times: dict[str, list[float]] = {name: [] for name in cases}
     started = time.perf_counter()
-    while len(next(iter(times.values()))) < least or time.perf_counter() - started < seconds:
+    done = 0
+    while done != most and (done < least or time.perf_counter() - started < seconds):
         for name, case in cases.items():
             before = time.perf_counter()
             case()
             sync()
             times[name].append(time.perf_counter() - before)
+        done += 1
     return times
+
+
+def percentiles(values: list[float]) -> tuple[float, float, float]:
+    """(median, 20th, 80th percentile)."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
 
 
 def summary(times: list[float]) -> dict:
     """Median and 20/80 percentiles, in milliseconds."""
-    ordered = sorted(times)
-    last = len(ordered) - 1
-    return {
-        "median_ms": 1e3 * statistics.median(ordered),
-        "p20_ms": 1e3 * ordered[round(0.2 * last)],
-        "p80_ms": 1e3 * ordered[round(0.8 * last)],
-        "rounds": len(ordered),
-    }
+    names = ("median_ms", "p20_ms", "p80_ms")
+    return {**{name: 1e3 * value for name, value in zip(names, percentiles(times), strict=True)}, "rounds": len(times)}
+
+
+def ratios(baseline: list[float], times: list[float]) -> dict:
+    """Median and 20/80 percentiles over rounds of baseline / times."""
+    paired = [a / b for a, b in zip(baseline, times, strict=True)]
+    return dict(zip(("median", "p20", "p80"), percentiles(paired), strict=True))
 
 
 def ratio(baseline: list[float], times: list[float]) -> float:
     """Median over rounds of baseline / times: each pair was timed back to back, so a drifting machine cancels."""
-    return statistics.median(a / b for a, b in zip(baseline, times, strict=True))
+    return ratios(baseline, times)["median"]
 
 
 def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
@@ -86,6 +141,13 @@ def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
     return 2 * source.numel() * 4 / statistics.median(times)
 
 
+def gemm_peak(size: int = 2048) -> float:
+    """Floating-point operations per second of a square float32 matrix product."""
+    a, b, out = torch.rand(size, size), torch.rand(size, size), torch.empty(size, size)
+    times = alternate({"gemm": lambda: torch.mm(a, b, out=out)}, seconds=1.0)["gemm"]
+    return 2 * size**3 / statistics.median(times)
+
+
 def save(name: str, rows: list[dict], **ceilings: float) -> dict:
     """Write a benchmark's rows, with the machine and its ceilings, to ``bench/results/<name>.json``; returns it all."""
     RESULTS.mkdir(exist_ok=True)
@@ -94,7 +156,63 @@ def save(name: str, rows: list[dict], **ceilings: float) -> dict:
     return data
 
 
+def merge(path: Path, rows: list[dict], key: tuple[str, ...]) -> dict:
+    """Put rows into a result file, each with the machine, in the place of those with equal values of ``key``.
+
+    The file is replaced as a whole or not at all, so an interrupted run loses nothing. Returns its new contents.
+    """
+    here = machine()
+    before = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    old = [{**row, "machine": row.get("machine") or before["machine"]} for row in before["rows"]]
+    new = {tuple(row[name] for name in key): {**row, "machine": here} for row in rows}
+    kept = [new.pop(tuple(row[name] for name in key), row) for row in old]
+    data = {"machine": here, "rows": kept + list(new.values())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(path)
+    return data
+
+
+def record(path: Path, row: dict, key: tuple[str, ...], most_others: float = MOST_OTHERS) -> bool:
+    """`merge` one row and say so; a row that was timed beside other busy processes is not written.
+
+    Returns whether it was.
+    """
+    label = ", ".join(str(row[name]) for name in key)
+    share = row.get("others") or 0.0
+    if share > most_others:
+        print(f"{label}: not written, other processes took {share:.0%} of the processors", flush=True)
+        return False
+    merge(path, [row], key)
+    done = f"{row['ratio']['median']:.2f}x" if "ratio" in row else "done"
+    print(f"{label}: {row.get('failed', done)}", flush=True)
+    return True
+
+
+def machine_lines(rows: list[dict]) -> str:
+    """What the rows were measured on, one line per machine and versions, with the commits."""
+    commits: dict[str, list[str]] = {}
+    for row in rows:
+        line = machine_line(row["machine"])
+        known = commits.setdefault(line, [])
+        if row["machine"]["commit"] not in known:
+            known.append(row["machine"]["commit"])
+    return "\n\n".join(
+        f"On {line}, commit{'s' * (len(known) > 1)} {', '.join(known)}." for line, known in commits.items()
+    )
+
+
+def machine_line(machine: dict) -> str:
+    """A machine and its versions in words, without the commit."""
+    limit = machine.get("onednn_max_cpu_isa")
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, kernels for {machine['isa']}, torch {machine['torch']}"
+        f"{f', oneDNN up to {limit}' if limit else ''}"
+    )
+
+
 def table(header: list[str], rows: list[list]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

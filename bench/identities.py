@@ -61,9 +61,13 @@ def measure(name: str, batch: int, seconds: float) -> dict:
         "all, reference": with_plan(WorkPlan(), "reference"),
         "all, fused ops": with_plan(WorkPlan(), "auto"),
     }
-    names = [item.name for item in fields(WorkPlan)]
-    cases |= {without: with_plan(replace(WorkPlan(), **{without: False}), "auto") for without in names}
-    times = harness.alternate(cases, seconds=seconds, least=3)
+    # Row programs need all identities: each of these is taken away from the plan without programs.
+    unfused = replace(WorkPlan(), fuse=False)
+    names = [item.name for item in fields(WorkPlan) if item.name != "fuse"]
+    cases |= {without: with_plan(replace(unfused, **{without: False}), "auto") for without in names}
+    cases["fuse"] = with_plan(unfused, "auto")
+    with harness.others() as others:
+        times = harness.alternate(cases, seconds=seconds, least=3)
     return {
         "benchmark": "identities",
         "config": name,
@@ -71,13 +75,17 @@ def measure(name: str, batch: int, seconds: float) -> dict:
         "times": {case: harness.summary(values) for case, values in times.items()},
         "all_against_none": harness.ratio(times["none, reference"], times["all, reference"]),
         "fused_against_none": harness.ratio(times["none, reference"], times["all, fused ops"]),
-        "gain": {without: harness.ratio(times[without], times["all, fused ops"]) for without in names},
+        "others": others.share,
+        "gain": {
+            **{without: harness.ratio(times[without], times["fuse"]) for without in names},
+            "fuse": harness.ratio(times["fuse"], times["all, fused ops"]),
+        },
     }
 
 
 def page(data: dict) -> str:
     """The rows as a Markdown table."""
-    names = [item.name for item in fields(WorkPlan)]
+    names = [item.name for item in fields(WorkPlan) if any(item.name in row["gain"] for row in data["rows"])]
     header = ["configuration", "batch", "none (ms)", "all (ms)", "none / all", "none / fused", *names]
     body = [
         [
@@ -87,7 +95,7 @@ def page(data: dict) -> str:
             f"{row['times']['all, reference']['median_ms']:.0f}",
             f"{row['all_against_none']:.2f}x",
             f"{row['fused_against_none']:.2f}x",
-            *(f"{row['gain'][name]:.2f}x" for name in names),
+            *(f"{row['gain'][name]:.2f}x" if name in row["gain"] else "" for name in names),
         ]
         for row in data["rows"]
     ]
@@ -99,10 +107,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--config", action="append", help="a published name; repeatable")
     parser.add_argument("--seconds", type=float, default=20.0, help="per configuration")
+    parser.add_argument(
+        "--others",
+        type=float,
+        default=harness.MOST_OTHERS,
+        help="a row is dropped if others take more of the processors",
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = [measure(name, args.batch, args.seconds) for name in args.config or CONFIGS]
-    print(page(harness.save("identities", rows)))
+    rows = []
+    for name in args.config or CONFIGS:
+        row = measure(name, args.batch, args.seconds)
+        if harness.record(harness.RESULTS / "identities.json", row, ("config", "batch"), args.others):
+            rows.append(row)
+    print(page({"rows": rows}))
 
 
 if __name__ == "__main__":

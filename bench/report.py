@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench import harness, identities, ops
+from bench import compare_original, configs, harness, identities, ops, plots, scaling
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+IMAGES = PAGE.parent / "images"
 
 INTRODUCTION = """# Benchmarks
 
@@ -18,10 +19,42 @@ Written by `python -m bench.report` from `bench/results`. Everything on one line
 ratio is the median over rounds of two neighbouring measurements. GPU: {gpu}.
 """
 
+#: (result file, its rows as text, what draws its figure, title, text)
 SECTIONS = (
+    (
+        "compare_original",
+        compare_original.page,
+        plots.speed_ups,
+        "Against the original",
+        "`python -m bench.compare_original --scalegmn CHECKOUT`. A training step (forward, loss, backward, clipping, "
+        "AdamW; dropout as configured) of the original and of ours, in turn in one process, with the same weights, "
+        "random networks and loss; batches are built beforehand. Outputs are compared first, in eval mode: the last "
+        "column is the largest difference over the largest value. *Compiled*: the original under `torch.compile`. "
+        "*Tuned allocator*: both with a glibc that keeps its pages, so that no step pays for fresh ones. *Memory*: the "
+        "highest resident set during a step minus that before it, each side in a process of its own.",
+    ),
+    (
+        "configs",
+        configs.page,
+        None,
+        "All configurations",
+        "`python -m bench.configs`. Ours alone, float32: forward (without gradients) and training step, with p20 to "
+        "p80. The operations are those of the matrix products that the model asks for, backward included and "
+        "recomputation not; their share is over the peak of a square float32 product of 2048, measured beside it, and "
+        "over the median. Memory is the highest resident set during one call minus that before it.",
+    ),
+    (
+        "scaling",
+        scaling.page,
+        plots.scaling,
+        "Large networks",
+        "`python -m bench.scaling`. One network of growing width, read by `mnist_cls/scalegmn` at 64 hidden features, "
+        "float32. A size that fails is named with the reason.",
+    ),
     (
         "ops",
         ops.page,
+        None,
         "The ops",
         "`python -m bench.ops`. The floor is the bytes that must move over the copy bandwidth measured first in "
         "the same run. Backward is compared with the reference backend's closed form, not with PyTorch's own autograd.",
@@ -29,29 +62,33 @@ SECTIONS = (
     (
         "identities",
         identities.page,
+        None,
         "The exact identities",
         "`python -m bench.identities`. A training step (forward and backward, float32): on the reference backend with "
         "none and with all of the identities of the plan of work, and with all of them and the fused ops (none / "
-        "fused). The last columns are what that last step costs without one identity, over the step with all.",
+        "fused). *fuse* is what row programs give over the same identities run as PyTorch operators; the columns "
+        "before it are what that unfused step costs without one identity, over the unfused step with all.",
     ),
 )
 
 
-def machine_line(machine: dict) -> str:
-    """One line about what the rows were measured on."""
-    return (
-        f"{machine['cpu']}, {machine['threads']} threads, kernels for {machine['isa']}, torch {machine['torch']}, "
-        f"commit {machine['commit']}."
-    )
+def section(name: str, page, draw, title: str, text: str) -> str:
+    """A part of the page, its figure drawn; empty if there is no result file."""
+    path = harness.RESULTS / f"{name}.json"
+    if not path.exists():
+        return ""
+    data = json.loads(path.read_text())
+    rows = [{"machine": data["machine"], **row} for row in data["rows"]]
+    image = IMAGES / f"{name}.png"
+    figure = f"![{title}](images/{image.name})\n\n" if draw is not None and draw(rows, image) else ""
+    return f"## {title}\n\n{text}\n\n{figure}{page(data)}\n\n{harness.machine_lines(rows)}\n"
 
 
 def main() -> None:
     known = {name for name, *_ in SECTIONS}
     gpus = sorted(path.stem for path in harness.RESULTS.glob("*.json") if path.stem not in known)
     parts = [INTRODUCTION.format(gpu=", ".join(gpus) or "not measured")]
-    for name, page, title, text in SECTIONS:
-        data = json.loads((harness.RESULTS / f"{name}.json").read_text())
-        parts.append(f"## {title}\n\n{text}\n\n{page(data)}\n\nOn {machine_line(data['machine'])}\n")
+    parts += [part for item in SECTIONS if (part := section(*item))]
     for name in gpus:
         data = json.loads((harness.RESULTS / f"{name}.json").read_text())
         parts.append(f"## The ops on {name}\n\n{ops.page(data)}\n\nCommit {data['machine']['commit']}.\n")
