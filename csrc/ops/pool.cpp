@@ -16,7 +16,7 @@
 namespace scalegmn {
 namespace {
 
-constexpr size_t alignment = size_t(1) << 21;  // of a huge page
+constexpr size_t small_page = size_t(1) << 12, huge_page = size_t(1) << 21;
 
 struct Pool {
   std::mutex mutex;
@@ -42,11 +42,13 @@ struct Pool {
         return block;
       }
     }
-    bytes = (bytes + 4095) / 4096 * 4096;
-    void* block = std::aligned_alloc(bytes >= alignment ? alignment : 4096, bytes >= alignment ? (bytes + alignment - 1) / alignment * alignment : bytes);
+    const bool huge = bytes >= huge_page;
+    const size_t unit = huge ? huge_page : small_page;
+    bytes = (bytes + unit - 1) / unit * unit;
+    void* block = std::aligned_alloc(unit, bytes);
     if (block == nullptr) throw std::bad_alloc();
 #ifdef __linux__
-    if (bytes >= alignment) madvise(block, bytes, MADV_HUGEPAGE);
+    if (huge) madvise(block, bytes, MADV_HUGEPAGE);
 #endif
     return block;
   }
@@ -78,13 +80,6 @@ at::Tensor pooled_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   if (bytes < size_t(pool_smallest) || filled || pool().most_idle == 0) return at::empty(sizes, dtype);
   void* block = pool().take(bytes);
   return at::from_blob(block, sizes, [bytes](void* data) { pool().give(data, bytes); }, at::TensorOptions(dtype));
-}
-
-void release_pool() {
-  const std::lock_guard<std::mutex> lock(pool().mutex);
-  for (const auto& [bytes, block] : pool().idle) std::free(block);
-  pool().idle.clear();
-  pool().idle_bytes = 0;
 }
 
 }  // namespace scalegmn

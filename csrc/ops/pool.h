@@ -15,7 +15,4 @@ constexpr int64_t pool_smallest = 1 << 18;
 // An uninitialised contiguous CPU tensor.
 at::Tensor pooled_empty(at::IntArrayRef sizes, at::ScalarType dtype);
 
-// Gives the memory of all idle blocks back to the system.
-void release_pool();
-
 }  // namespace scalegmn
