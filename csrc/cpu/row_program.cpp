@@ -1,6 +1,7 @@
 #include "cpu/row_program.h"
 
 #include "common/symmetrize.h"
+#include "cpu/activations.h"
 
 namespace scalegmn::SCALEGMN_ISA {
 namespace {
@@ -64,26 +65,6 @@ inline __attribute__((always_inline)) A value_alone(A y, A w0) {
   if constexpr (activation == Activation::silu) return y * sigmoid(y);
   if constexpr (activation == Activation::sigmoid) return sigmoid(y);
   return activate(activation, y, w0);
-}
-
-template <class F>
-inline __attribute__((always_inline)) void with_activation(Activation activation, F function) {
-  switch (activation) {
-    case Activation::identity:
-      return function.template operator()<Activation::identity>();
-    case Activation::relu:
-      return function.template operator()<Activation::relu>();
-    case Activation::elu:
-      return function.template operator()<Activation::elu>();
-    case Activation::silu:
-      return function.template operator()<Activation::silu>();
-    case Activation::tanh:
-      return function.template operator()<Activation::tanh>();
-    case Activation::sigmoid:
-      return function.template operator()<Activation::sigmoid>();
-    case Activation::sine:
-      return function.template operator()<Activation::sine>();
-  }
 }
 
 template <class A, class Term>

@@ -1,5 +1,7 @@
 #include "cpu/symmetrize.h"
 
+#include "cpu/activations.h"
+
 namespace scalegmn::SCALEGMN_ISA {
 namespace {
 
@@ -154,27 +156,6 @@ void activation_backward(const A* grad, const A* h, A* grad_h, A* sums, A* scrat
     const A z_minus = standardize_backward(grad_minus[i], minus, s.rstd_minus, means[1], means[3]);
     bias_sum[i] += z_plus + z_minus;
     grad_h[i] = z_plus - z_minus;
-  }
-}
-
-// Calls function.template operator()<activation>() for the activation's value.
-template <class F>
-void with_activation(Activation activation, F function) {
-  switch (activation) {
-    case Activation::identity:
-      return function.template operator()<Activation::identity>();
-    case Activation::relu:
-      return function.template operator()<Activation::relu>();
-    case Activation::elu:
-      return function.template operator()<Activation::elu>();
-    case Activation::silu:
-      return function.template operator()<Activation::silu>();
-    case Activation::tanh:
-      return function.template operator()<Activation::tanh>();
-    case Activation::sigmoid:
-      return function.template operator()<Activation::sigmoid>();
-    case Activation::sine:
-      return function.template operator()<Activation::sine>();
   }
 }
 

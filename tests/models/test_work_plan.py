@@ -9,6 +9,7 @@ from scalegmn_fast import backend
 from scalegmn_fast.graph import GraphBatch
 from scalegmn_fast.models import from_config, published_config, published_names
 from scalegmn_fast.nn import WorkPlan, set_work_plan
+from scalegmn_fast.ops.row_program import RowProgram
 from scalegmn_fast.testing import random_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:not exactly equivariant", "ignore:d_hid and dropout_all")
@@ -85,3 +86,39 @@ def test_batch_norm_turns_the_identities_off():
     args.update(d_hid=4, layer_layout=[2, 3, 1])
     args["mlp_args"]["batch_norm"] = True
     assert from_config(args).gnn.work == WorkPlan.none()
+
+
+@pytest.mark.parametrize("name", published_names())
+def test_row_programs_change_nothing(name, monkeypatch):
+    model = small_model(name)
+    with backend("reference"):
+        expected = outputs_and_gradients(model, WorkPlan.none())
+    calls = []
+    run = RowProgram.run
+    monkeypatch.setattr(RowProgram, "run", lambda self, ptr=None: calls.append(self) or run(self, ptr))
+    with backend("cpp"):
+        found = outputs_and_gradients(model, WorkPlan())
+        assert calls
+        calls.clear()
+        outputs_and_gradients(model, replace(WorkPlan(), fuse=False))
+        assert not calls
+    scale = max(float(value.detach().abs().max()) for value in expected)
+    assert all(float((a - b).detach().abs().max()) <= 1e-11 * scale for a, b in zip(found, expected, strict=True))
+
+
+def test_dropout_inside_row_programs_follows_the_seed():
+    """`dropout_all` drops inside the mlps: the same masks for the same seed, in forward and backward."""
+    model = small_model("fmnist_cls/scalegmn")
+    weights, biases = random_network(model.options.layout, 3)
+    set_work_plan(model, WorkPlan()).train()
+    assert model.options.mlp["dropout"] > 0
+
+    def run(seed):
+        torch.manual_seed(seed)
+        out = model(GraphBatch.from_weights(weights, biases))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return [out, *torch.autograd.grad(out.square().sum(), parameters)]
+
+    first, again, other = run(0), run(0), run(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
