@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +181,45 @@ def op_cases(seed: int = 0) -> Iterator[OpCase]:
                 label += f"{' far from 0' if distance else ''}{'' if how is None else ' +order'}"
                 yield OpCase("segment_reduce", f"{label} d={d}", (x,), reduced)
 
+    yield from _row_program_cases(randn, generator)
+
+
+def _row_program_cases(randn: Callable[..., Tensor], generator: torch.Generator) -> Iterator[OpCase]:
+    """A message with its edge update, for every activation, with and without norms."""
+    rows, nodes = 300, 40
+    ends = [torch.randint(nodes, (rows,), generator=generator) for _ in range(2)]
+    ends[1] = ends[1].sort().values
+    ptr = torch.searchsorted(ends[1], torch.arange(nodes + 1))
+    for d in (128, 33):
+        tables = (randn(rows, d), randn(nodes, d), randn(nodes, d))
+        maps = [randn(d, d) / math.sqrt(d) for _ in range(4)]
+        vectors = (randn(d), 1 + 0.1 * randn(d), 0.1 * randn(d), randn(d))
+        for activation, norm in product(ACTIVATIONS, (True, False)):
+
+            def message(module, e, x, u, w_e, w, w_1, w_2, b_1, weight, shift, b_2, activation=activation, norm=norm):
+                device = e.device
+                source, target = (end.to(device) for end in ends)
+                norms = (weight, shift) if norm else (None, None)
+                program = ops.RowProgram()
+                section = program.section(rows)
+                state = section.load(e)
+                m = section.load_mul(section.linear(state, w_e), x, source)
+                even = section.symmetrize(section.linear(m, w_1), b_1, *norms, activation, 1.5)
+                gate = section.load_add(section.linear(even, w_2, b_2), u, target)
+                section.add_up(section.mul(section.linear(m, w), gate))
+                section.write(section.mul(state, section.norm_act(gate, *norms, activation, 1.5)))
+                return torch.cat([out.flatten() for out in module.row_program(program, ptr.to(device))])
+
+            label = f"{activation}{' normed' if norm else ''} d={d}"
+            yield OpCase("row_program", label, (*tables, *maps, *vectors), message)
+
 
 def check_ops(places: Sequence[tuple[str, str]], *, seed: int = 0) -> Iterator[Row]:
     """Every op case on every (backend, device) in every dtype it serves: result, and gradients of all inputs."""
     for case in op_cases(seed):
         for backend, device in places:
+            if backend not in ("reference", *backends.OPS[case.op]):
+                continue
             for label, dtype in DTYPES.items():
                 if dtype in backends.DTYPES[backend]:
                     compute = partial(_check_op, case, backend, device, dtype)
@@ -213,7 +247,8 @@ def _op_results(case: OpCase, module: Any, leaves: Sequence[Tensor]) -> list[Ten
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     out = case.function(module, *leaves)
     cotangent = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).cos().reshape(out.shape)
-    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out))]
+    grads = torch.autograd.grad(out, leaves, cotangent.to(out), allow_unused=True, materialize_grads=True)
+    return [out.detach(), *grads]
 
 
 # Models.

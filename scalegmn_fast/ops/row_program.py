@@ -238,6 +238,10 @@ class RowProgram:
 
     def run(self, ptr: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(sums [S, d], rows [R', d']); of no size where no section has them. ptr: int64 [S + 1]."""
+        return torch.ops.scalegmn_fast.row_program(*self.arguments(ptr))
+
+    def arguments(self, ptr: Tensor | None = None) -> tuple:
+        """The arguments of the op."""
         bounds = [0]
         code: list[int] = []
         constants: list[float] = []
@@ -246,7 +250,27 @@ class RowProgram:
             code += [section.count, section.sums, section.written, *section.code]
             constants += section.constants
         seed = torch.randint(0, 2**32, (2,)) if self.masks else None
-        return torch.ops.scalegmn_fast.row_program(self.tensors, self.indices, bounds, code, constants, ptr, seed)
+        return self.tensors, self.indices, bounds, code, constants, ptr, seed
+
+
+def row_program(program: RowProgram, ptr: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Runs a program: sums [S, d] of one result per segment, and rows [R', d'] of another.
+
+    Args:
+        program: what to compute; its tensors are float32, bfloat16, float16 or float64 on one device.
+        ptr: int64 [S + 1], nondecreasing from 0 to the number of rows: the rows of each segment; None if nothing is
+            added up.
+    Returns:
+        The results, of no size where no section has them, in the promoted dtype of the tables that are loaded. Computed
+        in float32, in float64 if a tensor is float64; also under autocast.
+    Raises:
+        ValueError, TypeError: tables, indices, parameters or segments that do not fit (CPU engine).
+        scalegmn_fast.backends.BackendError: the backend chosen explicitly cannot serve the call.
+
+    Deterministic, for any number of threads. Backward runs the program again and keeps nothing of a row's size but the
+    inputs. Second derivatives differentiate the reference.
+    """
+    return program.run(ptr)
 
 
 def _place(known: list[Tensor], tensor: Tensor) -> int:

@@ -4,7 +4,8 @@ The oracle of the tests, the baseline of the benchmarks and the backend of last 
 computed in float32 and cast once at the end, as the fused kernels do.
 """
 
+from scalegmn_fast.reference.row_program import row_program
 from scalegmn_fast.reference.segment_reduce import segment_reduce
 from scalegmn_fast.reference.symmetrize import symmetrize
 
-__all__ = ["segment_reduce", "symmetrize"]
+__all__ = ["row_program", "segment_reduce", "symmetrize"]

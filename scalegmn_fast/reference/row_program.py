@@ -201,6 +201,11 @@ def row_program_forward(
     return sums.to(dtype, copy=True), rows.to(dtype, copy=True)
 
 
+def row_program(program, ptr: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`scalegmn_fast.ops.row_program` as a formula, with the same arguments."""
+    return row_program_forward(*program.arguments(ptr))
+
+
 def _autograd() -> torch._C._ForceDispatchKeyGuard:
     """Lets autograd record inside an op's implementation, which PyTorch calls with autograd switched off."""
     keys = torch._C._dispatch_tls_local_exclude_set()
