@@ -48,14 +48,14 @@ def _read_edges(section: SectionWriter, context: dict, e: Rows, order: Tensor | 
 
 
 def messages(
-    body: Callable[[TracedRows, dict, RowClasses], TracedRows],
+    body: Callable[[TracedRows], TracedRows],
     e: Rows,
     edges,
     update=None,
     updated_rows: int = 0,
     symmetry: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums [T, d] of ``body(edge rows, context, classes)`` per receiver, and updated edges [updated_rows, d].
+    """Sums [T, d] of ``body(edge rows)`` per receiver, and updated edges [updated_rows, d].
 
     Args:
         body: traces a message; called once per section.
@@ -68,7 +68,7 @@ def messages(
     for section, context, before in _sections(program, edges.classes, updated_rows):
         context["symmetry"] = symmetry
         rows = _read_edges(section, context, e, edges.order)
-        section.add_up(body(rows, context, edges.classes).value())
+        section.add_up(body(rows).value())
         if update is not None and before:
             section.write(update(rows).value())
     sums, written = program.run(edges.ptr.long())

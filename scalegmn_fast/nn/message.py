@@ -85,6 +85,7 @@ class Message(PlannedModule):
             nodes: `RowClasses` of the nodes, for the update.
         """
         count = edges.sender.shape[0]
+        updated_rows = 0 if update is None else updated_rows
         if not (fused.serves(self, x) and self.reduce in ("sum", "mean") and updated_rows <= count):
             own = narrow(e, 0, count) if edges.order is None else e
             out = ops.segment_reduce(self.compute(x, own, edges, p), edges.ptr, self.reduce)
@@ -167,8 +168,8 @@ class EquivariantMessage(MessageProduct):
     def body(self, x: Tensor, e: Rows, edges: Direction, p: Rows | None):
         product = self.traced_product(x, e, edges)
 
-        def message(rows: TracedRows, context: dict, classes: RowClasses) -> TracedRows:
-            return self.message_fn(product(rows), None if p is None else rows._replace(form=p), classes)
+        def message(rows: TracedRows) -> TracedRows:
+            return self.message_fn(product(rows), None if p is None else rows._replace(form=p), edges.classes)
 
         return message
 
@@ -214,9 +215,9 @@ class CarriedMessage(SymmetryPair, MessageProduct):
         product = self.traced_product(x, e, edges._replace(sender=edges.receiver))
         receivers = GatheredRows(torch.nn.functional.linear(x, self.W.weight), edges.receiver)
 
-        def message(rows: TracedRows, context: dict, classes: RowClasses) -> TracedRows:
+        def message(rows: TracedRows) -> TracedRows:
             pair = concat([rows._replace(form=GatheredRows(x, edges.sender)), product(rows)])
-            gate = self.invariant(pair, None if p is None else rows._replace(form=p), classes)
+            gate = self.invariant(pair, None if p is None else rows._replace(form=p), edges.classes)
             return multiply(gate, rows._replace(form=receivers))
 
         return message
@@ -244,7 +245,7 @@ class PlainMessage(Message):
         return self.message_fn(e if edges.order is None else take(e, edges.order), senders)
 
     def body(self, x: Tensor, e: Rows, edges: Direction, p: Rows | None):
-        return lambda rows, context, classes: self.message_fn(rows, rows._replace(form=GatheredRows(x, edges.sender)))
+        return lambda rows: self.message_fn(rows, rows._replace(form=GatheredRows(x, edges.sender)))
 
 
 class SineUpdate(PlannedModule):
