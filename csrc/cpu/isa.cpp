@@ -38,6 +38,14 @@ Isa isa() {
   return found;
 }
 
+bool bfloat16_products() {
+#if defined(__x86_64__) || defined(_M_X64)
+  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 const char* isa_name() { return names[static_cast<int>(isa())]; }
 
 }  // namespace scalegmn

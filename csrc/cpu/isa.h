@@ -12,6 +12,9 @@ enum class Isa { baseline, avx2, avx512 };
 Isa isa();
 const char* isa_name();
 
+// Whether the processor multiplies bfloat16 faster than float.
+bool bfloat16_products();
+
 }  // namespace scalegmn
 
 #if defined(__x86_64__) || defined(_M_X64)

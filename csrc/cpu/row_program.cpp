@@ -174,6 +174,82 @@ void forward_load(const Tile<A>& t, const RowStep& step) {
   });
 }
 
+// Products of rows are compiled for their shape, so a tile's rows are rounded up: its buffers have the room, and what
+// is computed of the rows beyond is never read.
+inline int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
+
+template <class A>
+uint16_t* narrow_scratch(const Tile<A>& t) {
+  return reinterpret_cast<uint16_t*>(t.at(t.args.scratch));
+}
+
+inline void to_bfloat16(const float* from, int64_t count, uint16_t* to) {
+  bfloat16* narrow = reinterpret_cast<bfloat16*>(to);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) store(narrow[i], from[i]);
+}
+
+inline uint32_t bfloat16_bits(float x) {
+  bfloat16 narrow;
+  store(narrow, x);
+  return narrow.bits;
+}
+
+// c (+)= a b on the rows of a tile, b as float [k, n] or of bfloat16 in pairs.
+void row_product(const Tile<float>& t, int64_t n, int64_t k, const float* a, const float* b, const uint16_t* pairs,
+                 bool accumulate, float* c) {
+  const int64_t rows = padded(t.rows);
+  if (pairs == nullptr) return t.args.row32(rows, n, k, k, n, n, accumulate, a, b, c);
+  uint16_t* narrow = narrow_scratch(t);
+  to_bfloat16(a, rows * k, narrow);
+  t.args.row16(rows, n, k, k, n, n, accumulate, narrow, pairs, c);
+}
+
+// to [width, rows'] = x [rows, width]^T, rows' the padded rows, which get 0; store(x) writes an element.
+template <class T, class Convert>
+inline __attribute__((always_inline)) void transpose(const float* x, int64_t rows, int64_t width, T* to, Convert convert) {
+  constexpr int64_t block = 16;
+  const int64_t stride = padded(rows);
+  for (int64_t first = 0; first < stride; first += block) {
+    for (int64_t left = 0; left < width; left += block) {
+      if (first + block <= rows && left + block <= width) {
+        for (int64_t i = left; i < left + block; ++i) {
+          for (int64_t r = first; r < first + block; ++r) to[i * stride + r] = convert(x[r * width + i]);
+        }
+        continue;
+      }
+      for (int64_t i = left; i < left + block && i < width; ++i) {
+        for (int64_t r = first; r < first + block; ++r) {
+          to[i * stride + r] = convert(r < rows ? x[r * width + i] : 0.f);
+        }
+      }
+    }
+  }
+}
+
+// to += grad^T a: the gradient of a weight, by the rows of a tile.
+void weight_product(const Tile<float>& t, const RowStep& step, const float* grad, float* a, float* to) {
+  const int64_t rows = padded(t.rows), n = step.width, k = step.in_width;
+  for (int64_t i = t.rows * k; i < rows * k; ++i) a[i] = 0;  // rows that nobody reads but this product
+  if (step.pairs == nullptr) {
+    float* turned = t.at(t.args.scratch);
+    transpose(grad, t.rows, n, turned, [](float x) { return x; });
+    return t.args.row32(n, k, rows, rows, k, k, true, turned, a, to);
+  }
+  uint16_t *turned = narrow_scratch(t), *pairs = turned + n * rows;
+  transpose(grad, t.rows, n, turned, [](float x) { return uint16_t(bfloat16_bits(x)); });
+  for (int64_t r = 0; r < rows; r += 2) {
+    const float *even = a + r * k, *odd = even + k;
+    uint32_t* pair = reinterpret_cast<uint32_t*>(pairs + r * k);
+#pragma omp simd
+    for (int64_t i = 0; i < k; ++i) pair[i] = bfloat16_bits(even[i]) | bfloat16_bits(odd[i]) << 16;
+  }
+  t.args.row16(n, k, rows, rows, k, k, true, turned, pairs, to);
+}
+
+// Whether products of rows serve the step; the type of the tile is float then.
+inline bool by_rows(const RowStep& step) { return step.weight_t != nullptr || step.pairs != nullptr; }
+
 template <class A>
 void forward_linear(const Tile<A>& t, const RowStep& step) {
   A* out = t.at(step.value);
@@ -182,6 +258,11 @@ void forward_linear(const Tile<A>& t, const RowStep& step) {
     for (int64_t r = 0; r < t.rows; ++r) {
 #pragma omp simd
       for (int64_t i = 0; i < step.width; ++i) out[r * step.width + i] = bias[i];
+    }
+  }
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (by_rows(step)) {
+      return row_product(t, step.width, step.in_width, t.value(step.a), step.weight_t, step.pairs_t, bias != nullptr, out);
     }
   }
   gemm(t.args, 'T', 'N', step.width, t.rows, step.in_width, static_cast<const A*>(step.weight), step.weight_stride,
@@ -493,13 +574,24 @@ template <class A>
 void backward_linear(const Tile<A>& t, const RowStep& step) {
   const A* grad = t.at(step.grad);
   if (A* to = parameter_grad(t, step.bias_grad)) add_column_sums(grad, t.rows, step.width, to);
-  if (A* to = parameter_grad(t, step.weight_grad)) {
-    gemm(t.args, 'N', 'T', step.in_width, step.width, t.rows, t.value(step.a), step.in_width, grad, step.width, A(1), to,
-         step.in_width);
+  A *weight_grad = parameter_grad(t, step.weight_grad), *grad_a = t.grad(step.a);
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (by_rows(step)) {
+      if (weight_grad != nullptr) weight_product(t, step, grad, t.value(step.a), weight_grad);
+      if (grad_a != nullptr) {
+        row_product(t, step.in_width, step.width, grad, static_cast<const float*>(step.weight), step.pairs, !step.writes_a,
+                    grad_a);
+      }
+      return;
+    }
   }
-  if (A* to = t.grad(step.a)) {
+  if (weight_grad != nullptr) {
+    gemm(t.args, 'N', 'T', step.in_width, step.width, t.rows, t.value(step.a), step.in_width, grad, step.width, A(1),
+         weight_grad, step.in_width);
+  }
+  if (grad_a != nullptr) {
     gemm(t.args, 'N', 'N', step.in_width, t.rows, step.width, static_cast<const A*>(step.weight), step.weight_stride, grad,
-         step.width, A(!step.writes_a), to, step.in_width);
+         step.width, A(!step.writes_a), grad_a, step.in_width);
   }
 }
 

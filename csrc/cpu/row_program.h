@@ -6,6 +6,7 @@
 
 #include "common/math.h"
 #include "cpu/isa.h"
+#include "cpu/tile_gemm.h"
 
 namespace scalegmn {
 
@@ -27,11 +28,6 @@ enum class RowOp {
   concat,      // [a, b]
 };
 
-using Gemm32 = void (*)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
-                        const int*, const float*, const int*, const float*, float*, const int*);
-using Gemm64 = void (*)(const char*, const char*, const int*, const int*, const int*, const double*, const double*,
-                        const int*, const double*, const int*, const double*, double*, const int*);
-
 // Wide is float, or double if every table and parameter is float64. Parameters are Wide; pointers are null where absent.
 struct RowStep {
   RowOp op;
@@ -43,6 +39,10 @@ struct RowStep {
   double p0, p1;      // dropout: p, stream; normalize: eps; activations: w0
   const void* weight; // linear [width, in_width], rows weight_stride apart; norms [width]
   int64_t weight_stride;
+  // linear, null where no product of rows serves the step: float weight^T [in_width, width], packed; or of bfloat16 both
+  // weight^T and weight in pairs of rows
+  const float* weight_t;
+  const uint16_t *pairs_t, *pairs;
   const void* bias;   // linear, add_vector, symmetrize [width]
   const void* shift;  // norms [width]
   bool used;          // whether an output depends on it
@@ -91,6 +91,9 @@ struct RowProgramArgs {
   uint32_t seed0, seed1;
   Gemm32 gemm32;
   Gemm64 gemm64;
+  RowGemm32 row32;
+  RowGemm16 row16;
+  int64_t scratch;       // offset of what a single step may use of the workspace
   // outputs
   const int64_t* ptr;            // [segments + 1] from 0
   int64_t segments;

@@ -31,6 +31,9 @@ struct Pool {
 
   // At least `bytes`; sets it to what was given.
   void* take(size_t& bytes) {
+    const bool huge = bytes >= huge_page;
+    const size_t unit = huge ? huge_page : small_page;
+    bytes = (bytes + unit - 1) / unit * unit;
     {
       const std::lock_guard<std::mutex> lock(mutex);
       const auto found = idle.lower_bound(bytes);
@@ -42,9 +45,6 @@ struct Pool {
         return block;
       }
     }
-    const bool huge = bytes >= huge_page;
-    const size_t unit = huge ? huge_page : small_page;
-    bytes = (bytes + unit - 1) / unit * unit;
     void* block = std::aligned_alloc(unit, bytes);
     if (block == nullptr) throw std::bad_alloc();
 #ifdef __linux__
@@ -80,6 +80,12 @@ at::Tensor pooled_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   if (bytes < size_t(pool_smallest) || filled || pool().most_idle == 0) return at::empty(sizes, dtype);
   void* block = pool().take(bytes);
   return at::from_blob(block, sizes, [bytes](void* data) { pool().give(data, bytes); }, at::TensorOptions(dtype));
+}
+
+at::Tensor pooled_cast(const at::Tensor& tensor, at::ScalarType dtype) {
+  if (tensor.scalar_type() == dtype) return tensor;
+  at::Tensor cast = pooled_empty(tensor.sizes(), dtype);
+  return cast.copy_(tensor);
 }
 
 }  // namespace scalegmn

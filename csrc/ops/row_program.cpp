@@ -2,17 +2,12 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <dlfcn.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -20,6 +15,7 @@
 #include "cpu/row_program.h"
 #include "ops/common.h"
 #include "ops/pool.h"
+#include "ops/tile_gemm.h"
 
 namespace scalegmn {
 namespace {
@@ -29,42 +25,7 @@ constexpr int64_t tile_floats = 448 * 1024;    // of a tile's workspace: what fi
 constexpr int64_t partition_rows = 2048;       // so many pay for a partition's own copy of the parameter gradients
 constexpr int64_t most_partitions = 16;
 constexpr int64_t fewest_rows_to_share = 256;  // from here on two cores have enough to do
-
-// -- GEMM: the BLAS that torch links, or torch itself where it exports none -------------------------------------------
-
-template <class A>
-void torch_gemm(const char* ta, const char* tb, const int* m, const int* n, const int* k, const A*, const A* a,
-                const int* lda, const A* b, const int* ldb, const A* beta, A* c, const int* ldc) {
-  const c10::InferenceMode guard;
-  const auto options = at::TensorOptions(c10::CppTypeToScalarType<A>::value);
-  const auto matrix = [&](const A* data, bool transposed, int64_t rows, int64_t columns, int64_t stride) {
-    A* start = const_cast<A*>(data);
-    return transposed ? at::from_blob(start, {columns, rows}, {stride, 1}, options).t()
-                      : at::from_blob(start, {rows, columns}, {stride, 1}, options);
-  };
-  at::Tensor to = matrix(c, false, *n, *m, *ldc);
-  const at::Tensor left = matrix(b, *tb == 'T', *n, *k, *ldb), right = matrix(a, *ta == 'T', *k, *m, *lda);
-  if (*beta == A(0)) to.zero_();
-  at::addmm_out(to, to, left, right);
-}
-
-template <class Function>
-Function blas(const char* name, Function fallback) {
-  const char* choice = std::getenv("SCALEGMN_FAST_GEMM");
-  if (choice != nullptr && std::strcmp(choice, "torch") == 0) return fallback;
-  void* found = dlsym(RTLD_DEFAULT, name);
-  return found == nullptr ? fallback : reinterpret_cast<Function>(found);
-}
-
-Gemm32 gemm32() {
-  static const Gemm32 found = blas<Gemm32>("sgemm_", &torch_gemm<float>);
-  return found;
-}
-
-Gemm64 gemm64() {
-  static const Gemm64 found = blas<Gemm64>("dgemm_", &torch_gemm<double>);
-  return found;
-}
+constexpr int64_t smallest_row_product = 16;   // width from which a product compiled for its shape pays
 
 // -- the plan of a call -----------------------------------------------------------------------------------------------
 
@@ -125,8 +86,10 @@ class Program {
     }
     TORCH_CHECK_VALUE(ptr || sum_width_ < 0, "ptr: expected int64 [S + 1] for a program that adds up, got none");
     args_.wide_compute = wide;
-    args_.gemm32 = gemm32();
-    args_.gemm64 = gemm64();
+    args_.gemm32 = gemms_.gemm32;
+    args_.gemm64 = gemms_.gemm64;
+    args_.row32 = gemms_.row32;
+    args_.row16 = gemms_.row16;
     args_.indices = index_views_.data();
     args_.rows_dtype = scalar_of(at::empty({0}, result_), "tensors");
     if (ptr) {
@@ -157,7 +120,7 @@ class Program {
     }
     run();
     if (segments > 0) wide_ == at::kDouble ? add_heads<double>(sums) : add_heads<float>(sums);
-    return {sums.to(result_), rows};
+    return {pooled_cast(sums, result_), rows};
   }
 
   std::vector<at::Tensor> backward(const at::Tensor& grad_sums, const at::Tensor& grad_rows,
@@ -186,7 +149,13 @@ class Program {
   }
 
  private:
+  struct Weight {
+    at::Tensor rows, transposed, pairs, pairs_t;
+  };
+
+  const TileGemms& gemms_ = tile_gemms();
   std::vector<at::Tensor> tensors_, owned_;
+  std::map<int64_t, Weight> weights_;  // by tensor
   std::vector<bool> wanted_;
   at::ScalarType wide_, result_ = at::kFloat;
   int64_t rows_ = 0, written_rows_ = 0, sum_width_ = -1, rows_width_ = -1;
@@ -255,6 +224,38 @@ class Program {
                       tensor.sizes());
     const at::Tensor wide = tensor.to(wide_);
     return keep(centred ? wide.sub(wide.mean()) : wide.contiguous());
+  }
+
+  // The weight of a linear step, in the forms that its products read.
+  void set_weight(RowStep& step, int64_t number) {
+    const at::Tensor& given = operand(number, "a weight");
+    TORCH_CHECK_VALUE(given.dim() == 2 && given.size(1) == step.in_width, "tensors: expected a weight [*, ",
+                      step.in_width, "], got ", given.sizes());
+    const auto [found, fresh] = weights_.try_emplace(number);
+    Weight& forms = found->second;
+    step.width = given.size(0);
+    if (fresh) {
+      const int64_t n = step.width, k = step.in_width;
+      const bool large = wide_ == at::kFloat && n >= smallest_row_product && k >= smallest_row_product;
+      if (large && given.scalar_type() == at::kBFloat16 && gemms_.row16 != nullptr && n % 2 == 0 && k % 2 == 0) {
+        forms.pairs_t = given.reshape({n, k / 2, 2}).permute({1, 0, 2}).contiguous();
+        forms.pairs = given.reshape({n / 2, 2, k}).permute({0, 2, 1}).contiguous();
+      } else {
+        at::Tensor rows = given.to(wide_);
+        const bool packed = rows.stride(1) == 1 && rows.stride(0) >= k;
+        const bool by_rows = large && gemms_.row32 != nullptr;
+        forms.rows = (by_rows ? rows.is_contiguous() : packed) ? rows : rows.contiguous();
+        if (by_rows) forms.transposed = rows.t().contiguous();
+      }
+    }
+    if (forms.pairs.defined()) {
+      step.pairs_t = static_cast<const uint16_t*>(forms.pairs_t.const_data_ptr());
+      step.pairs = static_cast<const uint16_t*>(forms.pairs.const_data_ptr());
+      return;
+    }
+    step.weight = forms.rows.const_data_ptr();
+    step.weight_stride = std::max<int64_t>(forms.rows.stride(0), step.in_width);
+    if (forms.transposed.defined()) step.weight_t = forms.transposed.const_data_ptr<float>();
   }
 
   void parse(at::IntArrayRef bounds, at::IntArrayRef code, at::ArrayRef<double> constants) {
@@ -326,13 +327,7 @@ class Program {
       const int64_t expected = step.op == RowOp::scale ? 1 : step.width;
       TORCH_CHECK_VALUE(width == expected, "tensors: expected a table of width ", expected, ", got ", tensor.sizes());
     } else if (step.op == RowOp::linear) {
-      at::Tensor weight = operand(t[0], "a weight").to(wide_);
-      TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == step.in_width, "tensors: expected a weight [*, ",
-                        step.in_width, "], got ", weight.sizes());
-      if (weight.stride(1) != 1 || weight.stride(0) < weight.size(1)) weight = weight.contiguous();
-      step.width = weight.size(0);
-      step.weight_stride = std::max<int64_t>(weight.stride(0), weight.size(1));
-      step.weight = keep(weight);
+      set_weight(step, t[0]);
       step.bias = vector(t[1], step.width, "a bias");
     } else if (step.op == RowOp::add_vector) {
       step.bias = vector(t[0], step.width, "a vector");
@@ -498,10 +493,16 @@ class Program {
 
   // The rows of a tile, and offsets in numbers instead of numbers per row.
   void finish_plan() {
-    int64_t widest = 1;
-    for (const Section& section : sections_) widest = std::max<int64_t>(widest, section.view.num_steps);
-    args_.tile_rows = std::clamp<int64_t>(tile_floats / widest / 16 * 16, 16, 256);
-    workspace_ = widest * args_.tile_rows;
+    int64_t widest = 1, scratch = 0;
+    for (const Section& section : sections_) {
+      widest = std::max<int64_t>(widest, section.view.num_steps);
+      for (const RowStep& step : section.steps) {
+        if (step.weight_t != nullptr || step.pairs != nullptr) scratch = std::max({scratch, step.width, step.in_width});
+      }
+    }
+    args_.tile_rows = std::clamp<int64_t>(tile_floats / (widest + scratch) / 16 * 16, 16, 256);
+    args_.scratch = widest * args_.tile_rows;
+    workspace_ = args_.scratch + scratch * args_.tile_rows;
     for (Section& section : sections_) {
       for (RowStep& step : section.steps) {
         for (int64_t* offset : {&step.value, &step.aux, &step.stats, &step.grad}) {
@@ -540,6 +541,7 @@ class Program {
           kernel(args_, partition);
         }
       }
+      if (gemms_.release != nullptr) gemms_.release();
     });
   }
 
@@ -672,7 +674,7 @@ class Program {
       } else if (!grads[t].defined()) {
         grads[t] = at::zeros(tensors_[t].sizes(), tensors_[t].options());
       } else {
-        grads[t] = grads[t].to(tensors_[t].scalar_type());
+        grads[t] = pooled_cast(grads[t], tensors_[t].scalar_type());
       }
     }
     return grads;

@@ -145,23 +145,23 @@ class SectionWriter:
 
     def load(self, table: Tensor, index: Tensor | None = None) -> Value:
         """Rows of a table [*, d], by their numbers in the program or by index [R]."""
-        return self._step("load", table.shape[1], tensors=(table,), index=index)
+        return self._step("load", table.shape[1], tensors=(self.program.cast(table),), index=index)
 
     def load_mul(self, a: Value, table: Tensor, index: Tensor | None = None) -> Value:
         """a times rows of a table."""
-        return self._step("load_mul", a.width, a, tensors=(table,), index=index)
+        return self._step("load_mul", a.width, a, tensors=(self.program.cast(table),), index=index)
 
     def load_add(self, a: Value, table: Tensor, index: Tensor | None = None) -> Value:
         """a plus rows of a table."""
-        return self._step("load_add", a.width, a, tensors=(table,), index=index)
+        return self._step("load_add", a.width, a, tensors=(self.program.cast(table),), index=index)
 
     def scale(self, a: Value, factors: Tensor, index: Tensor | None = None) -> Value:
         """a times a number per row, factors [*, 1]."""
-        return self._step("scale", a.width, a, tensors=(factors,), index=index)
+        return self._step("scale", a.width, a, tensors=(self.program.cast(factors),), index=index)
 
     def linear(self, a: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
         """``a @ weight.T + bias``."""
-        return self._step("linear", weight.shape[0], a, tensors=(weight, bias))
+        return self._step("linear", weight.shape[0], a, tensors=(self.program.cast(weight), bias))
 
     def add(self, a: Value, b: Value) -> Value:
         return self._step("add", a.width, a, b)
@@ -218,6 +218,7 @@ class RowProgram:
         self.tensors: list[Tensor] = []
         self.indices: list[Tensor] = []
         self.masks = 0
+        self.casts: list[tuple[Tensor, Tensor]] = []
 
     def section(self, rows: int) -> SectionWriter:
         """A new section of the next ``rows`` rows."""
@@ -227,6 +228,16 @@ class RowProgram:
     def tensor(self, tensor: Tensor) -> int:
         """The number of a tensor among the op's."""
         return _place(self.tensors, tensor)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """A table or weight as autocast has it: float32 becomes its lower precision."""
+        if tensor.dtype != torch.float32 or not torch.is_autocast_enabled(tensor.device.type):
+            return tensor
+        for given, cast in self.casts:
+            if given is tensor:
+                return cast
+        self.casts.append((tensor, tensor.to(torch.get_autocast_dtype(tensor.device.type))))
+        return self.casts[-1][1]
 
     def index(self, index: Tensor) -> int:
         """The number of an index among the op's."""
@@ -262,7 +273,9 @@ def row_program(program: RowProgram, ptr: Tensor | None = None) -> tuple[Tensor,
             added up.
     Returns:
         The results, of no size where no section has them, in the promoted dtype of the tables that are loaded. Computed
-        in float32, in float64 if a tensor is float64; also under autocast.
+        in float32, in float64 if a tensor is float64; products with a bfloat16 weight are of bfloat16 rows, added up in
+        float32, where the processor multiplies those faster. Under autocast tables and weights of linear steps are cast
+        as it has it.
     Raises:
         ValueError, TypeError: tables, indices, parameters or segments that do not fit (CPU engine).
         scalegmn_fast.backends.BackendError: the backend chosen explicitly cannot serve the call.

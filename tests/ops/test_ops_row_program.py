@@ -268,6 +268,7 @@ def test_after_a_fork():
 
 PORTABLE = [
     {"SCALEGMN_FAST_GEMM": "torch"},
+    {"SCALEGMN_FAST_GEMM": "blas"},
     {"SCALEGMN_FAST_POOL_MB": "0"},
     {"SCALEGMN_FAST_ISA": "baseline"},
     {"SCALEGMN_FAST_ISA": "avx2"},
@@ -276,7 +277,7 @@ PORTABLE = [
 
 @pytest.mark.parametrize("variable", PORTABLE, ids=str)
 def test_portable_paths(variable):
-    """Where the BLAS exports no GEMM, without the pool, and on older processors."""
+    """Without products compiled for their shape, without a BLAS, without the pool, and on older processors."""
     chosen = "test_few_rows or (test_result_and_gradients_against_float64 and (33 or 128))"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
     done = subprocess.run(command, env={**os.environ, **variable}, capture_output=True, text=True, timeout=110)
@@ -291,6 +292,22 @@ def test_under_torch_compile():
         torch.testing.assert_close(a, b)
     found = torch.autograd.grad(compiled(leaves)[0].sum(), leaves["w_1"])[0]
     torch.testing.assert_close(found, torch.autograd.grad(program(leaves, index, ptr, 40)[0].sum(), leaves["w_1"])[0])
+
+
+def test_under_autocast():
+    """Products and tables in bfloat16: an error of its size, the same numbers compiled, gradients in float32."""
+    t, index, ptr = inputs(40, 6, 32, torch.float32)
+    expected = program(t, index, ptr, 40)
+    leaves = {name: tensor.requires_grad_() for name, tensor in t.items()}
+    compiled = torch.compile(lambda t: program(t, index, ptr, 40), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, again = program(leaves, index, ptr, 40), compiled(leaves)
+    for a, b, exact in zip(found, again, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b)
+        assert 1e-4 < float((a - exact).detach().abs().max() / exact.abs().max()) < 0.05
+    (grad,) = torch.autograd.grad(found[0].float().sum(), leaves["w_1"])
+    assert grad.dtype == torch.float32
 
 
 BAD = [
