@@ -42,6 +42,7 @@ _TOP = {
     "bidirectional_edges": "original",
     "canonical_eps": 1e-10,
     "dropout_equivariant_output": True,
+    "edge_memory": "auto",
     "exact_edge_encoding": False,
 }
 _SECTIONS = {
@@ -107,6 +108,7 @@ _CHOICES = {
     "symmetry": ("sign", "scale", "hetero", "permutation"),
     "readout_range": ("last_layer", "full_graph"),
     "bidirectional_edges": ("original", "reciprocal", "carried"),
+    "edge_memory": ("auto", "store", "recompute"),
     "gnn_args.update_as_act_arg": ("cat", "sum"),
     "gnn_args.aggregator": ("add", "sum", "mean", "max"),
     "mlp_args.activation": ACTIVATIONS,
@@ -137,6 +139,11 @@ class ScaleGMNConfig:
         canonical_eps: eps in ``x / (||x|| + eps)``; 0 makes scale invariance exact.
         dropout: after each round.
         dropout_equivariant_output: dropout also on the equivariant head's result.
+        edge_memory: ``store`` writes every round's edge features out, [E, d_hid], and keeps them for the backward pass.
+            ``recompute`` writes none: each round computes them again from the networks' weights, tile by tile, which
+            costs a few products per edge and earlier round; the memory left is that of nodes and of the weights
+            themselves. ``auto``: ``store`` unless that would take more than half of the memory that is available.
+            ``recompute`` is the CPU engine's; with dropout in the mlps, rounds in training are stored.
         exact_edge_encoding: in an ``equiv_net`` positional net, edges into output neurons scale with their source.
         sections: overrides of single keys of the original's sections, e.g. ``{"mlp_args": {"activation": "elu"}}``.
     """
@@ -157,6 +164,7 @@ class ScaleGMNConfig:
     canonical_eps: float = 1e-10
     dropout: float = 0.0
     dropout_equivariant_output: bool = False
+    edge_memory: str = "auto"
     exact_edge_encoding: bool = True
     sections: dict = field(default_factory=dict)
 

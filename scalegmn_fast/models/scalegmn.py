@@ -31,6 +31,7 @@ from ..nn import (
 from ..nn.rows import Rows, narrow, take
 from ..nn.work import PlannedModule
 from .config import resolve
+from .memory import available_memory
 from .rounds import (
     Types,
     backward_messages,
@@ -191,6 +192,7 @@ class _Gnn(PlannedModule):
         self.dropout = options.gnn["dropout"]
         self.reads_last_only = not options.equivariant and args["readout_range"] == "last_layer"
         self.drops_output = args["dropout_equivariant_output"]
+        self.edge_memory = args["edge_memory"]
         if not options.equivariant:
             self.num_first, self.num_last = options.layout[0], options.layout[-1]
 
@@ -226,6 +228,15 @@ class _Gnn(PlannedModule):
             return updated
         return F.dropout(updated, self.dropout, self.training)
 
+    def keeps_edges(self, plan, x: Tensor) -> bool:
+        """Whether updated edge features are written out (``edge_memory``)."""
+        if self.edge_memory != "auto":
+            return self.edge_memory == "store"
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            return True
+        copies = 2 * self.options.num_layers if torch.is_grad_enabled() else 2
+        return copies * plan.num_edges * self.options.d_hid * x.element_size() <= available_memory() / 2
+
     def whole_graph(self, graph: GraphBatch, x: Tensor) -> Tensor:
         if isinstance(self.readout, DeepSet):
             return self.readout(x, *rows_by_graph(graph, hidden_only=False))
@@ -244,6 +255,7 @@ class ForwardGnn(_Gnn):
     def forward(self, graph: GraphBatch, x: Tensor, e: Rows, p: GatheredRows | None):
         plan, options = graph.plan, self.options
         shrinks = self.reads_last_only and self.work.liveness
+        keeps = self.keeps_edges(plan, x)
         for index, layer in enumerate(self.fw_layers):
             remaining = options.num_layers - 1 - index
             receivers = plan.live_nodes(remaining) if shrinks else plan.num_nodes
@@ -254,7 +266,8 @@ class ForwardGnn(_Gnn):
             if update is not None:
                 needed = plan.edges_into(plan.live_nodes(remaining - 1)) if shrinks else plan.num_edges
             nodes = node_classes(graph, x.shape[0])
-            aggregated, updated_e = layer.aggregate(x, e, edges, message_p, update, needed, nodes)
+            keep = keeps or options.is_last(index)
+            aggregated, updated_e = layer.aggregate(x, e, edges, message_p, update, needed, nodes, keep)
             e = e if updated_e is None else updated_e
             rows = node_classes(graph, receivers)
             update_p = narrow(p, 0, receivers) if options.gnn["pos_embed_upd"] else None
@@ -305,7 +318,9 @@ class BidirectionalGnn(_Gnn):
         plan, options = graph.plan, self.options
         carried = self.edges_back == "carried"
         reads_p = options.gnn["pos_embed_msg"] and options.symmetry != "permutation"
+        keeps = self.keeps_edges(plan, x)
         for index in range(options.num_layers):
+            keep = keeps or options.is_last(index)
             ends_only = self.reads_last_only and self.work.liveness and options.is_last(index)
             receivers = plan.num_last if ends_only else plan.num_nodes
             along = forward_messages(graph, x.shape[0], receivers, options.pair_types(e))
@@ -325,9 +340,16 @@ class BidirectionalGnn(_Gnn):
                     back_update = self.bw_update_edge_attr_fn[index]
             classes, edges = node_classes(graph), plan.num_edges
             before = e
-            from_inputs, e = self.fw_layers[index].aggregate(x, e, along, sender_p(along), update, edges, classes)
+            from_inputs, e = self.fw_layers[index].aggregate(x, e, along, sender_p(along), update, edges, classes, keep)
             from_outputs, updated_back = self.bw_layers[index].aggregate(
-                x, before if carried else against_features, against, sender_p(against), back_update, edges, classes
+                x,
+                before if carried else against_features,
+                against,
+                sender_p(against),
+                back_update,
+                edges,
+                classes,
+                keep,
             )
             e, back = before if e is None else e, back if updated_back is None else updated_back
             rows, update_p = node_classes(graph), p

@@ -55,22 +55,27 @@ class EdgeUpdate(SymmetryPair):
             gate = self.phi(*ends)
         return linear(e, self.W.weight) * gate
 
-    def body(self, x: Tensor, source: Tensor, target: Tensor, classes: RowClasses | None):
-        """``f(edge rows)``: the update on the rows of a section of a row program."""
+    def ends(self, x: Tensor, source: Tensor, target: Tensor, classes: RowClasses | None) -> tuple[GatheredRows, ...]:
+        """What an edge's update reads of its ends: rows of node tables, for `trace`."""
         if self.symmetry == "permutation":
-            return lambda e: self.phi(e, *(e._replace(form=GatheredRows(x, index)) for index in (source, target)))
+            return GatheredRows(x, source), GatheredRows(x, target)
         canonical, first = self._canonical(x, classes), self.phi.fc[0]
         maps = first.weight.split(x.shape[1], dim=1)
-        ends = [
+        return tuple(
             GatheredRows(F.linear(canonical, weight, bias), index)
             for weight, bias, index in zip(maps, (first.bias, None), (source, target), strict=True)
-        ]
+        )
 
-        def update(e: TracedRows) -> TracedRows:
-            gate = self.phi.after_first(add(*(e._replace(form=end) for end in ends)))
-            return multiply(linear(e, self.W.weight), gate)
+    def trace(self, e: TracedRows, ends: tuple[GatheredRows, ...]) -> TracedRows:
+        """The update on the rows of a section of a row program."""
+        rows = [e._replace(form=end) for end in ends]
+        if self.symmetry == "permutation":
+            return self.phi(e, *rows)
+        return multiply(linear(e, self.W.weight), self.phi.after_first(add(*rows)))
 
-        return update
+    def drops(self) -> bool:
+        """Whether the update draws dropout masks."""
+        return self.training and self.phi.dropout > 0
 
     def _gathered(self, x: Tensor, index: Tensor) -> Rows:
         return GatheredRows(x, index) if self.work.hoist else x[index]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import backends
 from ..ops.row_program import RowProgram, SectionWriter
-from .rows import FactoredEdges, GatheredRows, RowClasses, Rows, TracedRows, take
+from .rows import FactoredEdges, GatheredRows, RowClasses, Rows, TracedRows, UpdatedEdges, count, take
 from .work import PlannedModule, WorkPlan
 
 CLASS_NAMES = ("last", "hidden", "first")
@@ -42,9 +42,21 @@ def _sections(program: RowProgram, classes: RowClasses, cut: int) -> Iterator[tu
 
 def _read_edges(section: SectionWriter, context: dict, e: Rows, order: Tensor | None) -> TracedRows:
     """Edge features of a section's rows; factored ones stay factored."""
+    if isinstance(e, UpdatedEdges):
+        return e.update.trace(_read_edges(section, context, e.base, order), e.ends)
     if isinstance(e, FactoredEdges):
-        return TracedRows(section, e if order is None else take(e, order), **context)
+        return TracedRows(section, e, **context)
     return TracedRows(section, section.load(e, order), **context)
+
+
+def _ordered(e: Rows, order: Tensor | None) -> tuple[Rows, Tensor | None]:
+    """Edge features in the program's order, and what a table of them is read by."""
+    if order is None or isinstance(e, Tensor):
+        return e, order
+    if isinstance(e, FactoredEdges):
+        return take(e, order), None
+    base, left = _ordered(e.base, order)
+    return e._replace(base=base, ends=tuple(take(end, order) for end in e.ends)), left
 
 
 def messages(
@@ -65,9 +77,10 @@ def messages(
         symmetry: of all rows (``hetero``).
     """
     program = RowProgram()
+    e, order = _ordered(e, edges.order)
     for section, context, before in _sections(program, edges.classes, updated_rows):
         context["symmetry"] = symmetry
-        rows = _read_edges(section, context, e, edges.order)
+        rows = _read_edges(section, context, e, order)
         section.add_up(body(rows).value())
         if update is not None and before:
             section.write(update(rows).value())
@@ -81,6 +94,11 @@ def edges(update: Callable[[TracedRows], TracedRows], e: Rows, rows: int) -> Ten
     section = program.section(rows)
     section.write(update(_read_edges(section, {}, e, None)).value())
     return program.run()[1]
+
+
+def written(e: Rows) -> Rows:
+    """Edge features, written out if they are updated ones that are not."""
+    return edges(lambda rows: rows, e, count(e)) if isinstance(e, UpdatedEdges) else e
 
 
 def net(module: PlannedModule, x: Tensor, extra: GatheredRows | None, classes: RowClasses) -> Tensor:

@@ -5,6 +5,7 @@ Source: spec, *One round of message passing*; ScaleGMN paper, section 4.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .rows import (
     RowClasses,
     Rows,
     TracedRows,
+    UpdatedEdges,
     concat,
     dense,
     linear,
@@ -72,6 +74,7 @@ class Message(PlannedModule):
         update=None,
         updated_rows: int = 0,
         nodes=None,
+        keep: bool = True,
     ) -> tuple[Tensor, Rows | None]:
         """Aggregated messages [T, d_hid], and updated edge features [updated_rows, d_out] (None without an update).
 
@@ -83,17 +86,27 @@ class Message(PlannedModule):
             update: `EdgeUpdate` of the edges that the messages run along, or None.
             updated_rows: how many of them, from the first, are updated.
             nodes: `RowClasses` of the nodes, for the update.
+            keep: write updated features out; otherwise whoever reads them computes them again (`UpdatedEdges`), where
+                messages run fused and the update draws no dropout.
         """
         count = edges.sender.shape[0]
         updated_rows = 0 if update is None else updated_rows
         if not (fused.serves(self, x) and self.reduce in ("sum", "mean") and updated_rows <= count):
+            e = fused.written(e)
             own = narrow(e, 0, count) if edges.order is None else e
             out = ops.segment_reduce(self.compute(x, own, edges, p), edges.ptr, self.reduce)
             if update is None:
                 return out, None
             ends = (edges.sender[:updated_rows], edges.receiver[:updated_rows])
             return out, update(x, narrow(e, 0, updated_rows), *ends, nodes)
-        trace = None if update is None else update.body(x, edges.sender, edges.receiver, nodes)
+        trace = later = None
+        if update is not None:
+            ends = update.ends(x, edges.sender, edges.receiver, nodes)
+            if keep or update.drops():
+                trace = partial(update.trace, ends=ends)
+            else:
+                ends = tuple(narrow(end, 0, updated_rows) for end in ends)
+                later = UpdatedEdges(narrow(e, 0, updated_rows), update, ends)
         symmetric = self.symmetric_rows(edges)
         if symmetric is None:
             sums, written = fused.messages(self.body(x, e, edges, p), e, edges, trace, updated_rows)
@@ -107,7 +120,7 @@ class Message(PlannedModule):
                 written = fused.edges(trace, e, updated_rows)
         if self.reduce == "mean":
             sums = sums / (edges.ptr[1:] - edges.ptr[:-1]).clamp(min=1).unsqueeze(1)
-        return sums, written
+        return sums, written if later is None else later
 
     def symmetric_rows(self, edges: Direction) -> RowClasses | None:
         """Classes, with the split, of the rows whose symmetry decides (``hetero``); else None."""

@@ -46,6 +46,17 @@ class FactoredEdges(NamedTuple):
     types: Tensor | None
 
 
+class UpdatedEdges(NamedTuple):
+    """Edge features that are not written out: ``update.trace(base, ends)``, computed again by whoever reads them.
+
+    base: the features before, a row per edge; update: `EdgeUpdate`; ends: what it reads of the edges' ends.
+    """
+
+    base: Rows
+    update: object
+    ends: tuple[GatheredRows, ...]
+
+
 class TracedRows(NamedTuple):
     """Rows of a section of a `row_program`.
 
@@ -95,7 +106,7 @@ class TracedRows(NamedTuple):
         return self._replace(form=self.section.linear(self.value(), weight, bias))
 
 
-Rows = Tensor | GatheredRows | MappedRows | FactoredEdges | TracedRows
+Rows = Tensor | GatheredRows | MappedRows | FactoredEdges | UpdatedEdges | TracedRows
 
 
 def count(rows: Rows) -> int:
@@ -256,6 +267,8 @@ def _map(rows: Rows, fn) -> Rows:
         return GatheredRows(rows.table, fn(rows.index), None if rows.scale is None else fn(rows.scale))
     if isinstance(rows, MappedRows):
         return MappedRows(fn(rows.hidden), rows.weight, rows.bias)
+    if isinstance(rows, UpdatedEdges):
+        return rows._replace(base=_map(rows.base, fn), ends=tuple(_map(end, fn) for end in rows.ends))
     return FactoredEdges(fn(rows.weights), rows.maps, rows.offsets, None if rows.types is None else fn(rows.types))
 
 

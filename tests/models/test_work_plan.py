@@ -106,6 +106,54 @@ def test_row_programs_change_nothing(name, monkeypatch):
     assert all(float((a - b).detach().abs().max()) <= 1e-11 * scale for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", published_names())
+def test_recomputed_edges_change_nothing(name):
+    model = small_model(name)
+    model.gnn.edge_memory = "store"
+    expected = outputs_and_gradients(model, WorkPlan())
+    model.gnn.edge_memory = "recompute"
+    found = outputs_and_gradients(model, WorkPlan())
+    scale = max(float(value.detach().abs().max()) for value in expected)
+    assert all(float((a - b).detach().abs().max()) <= 1e-11 * scale for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["svhn/scalegmn_relu", "svhn/scalegmn_relu_bidir", "cifar10/scalegmn_hetero"])
+def test_recomputed_edges_take_no_memory(name):
+    """Nothing of an edge's width is kept for the backward pass, in contrast to ``store``."""
+    model = small_model(name)
+    plan, largest = None, {}
+    for mode in ("store", "recompute"):
+        model.gnn.edge_memory = mode
+        seen = [0]
+
+        def pack(tensor, seen=seen):
+            if tensor.is_floating_point() and tensor.ndim == 2 and tensor.shape[1] == model.options.d_hid:
+                seen[0] = max(seen[0], tensor.shape[0])
+            return tensor
+
+        weights, biases = random_network([1, 4, 13, 5], 4, d_e=model.options.d_in_e, dtype=torch.float64)
+        mask = torch.tensor([True, False, True, False]) if model.options.symmetry == "hetero" else None
+        graph = GraphBatch.from_weights(weights, biases, sign_mask=mask)
+        plan = graph.plan
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(graph)
+        largest[mode] = seen[0]
+    assert largest == {"store": plan.num_edges, "recompute": plan.num_nodes}
+
+
+def test_edges_are_recomputed_where_they_would_not_fit(monkeypatch):
+    model = small_model("svhn/scalegmn_relu")
+    weights, biases = random_network(model.options.layout, 2, d_e=model.options.d_in_e, dtype=torch.float64)
+    graph = GraphBatch.from_weights(weights, biases)
+    x = graph.node_features
+    needed = 2 * model.options.num_layers * graph.plan.num_edges * model.options.d_hid * 8
+    for available, keeps in ((2 * needed, True), (2 * needed - 1, False)):
+        monkeypatch.setattr("scalegmn_fast.models.scalegmn.available_memory", lambda available=available: available)
+        assert model.gnn.keeps_edges(graph.plan, x) is keeps
+    model.gnn.edge_memory = "store"
+    assert model.gnn.keeps_edges(graph.plan, x)
+
+
 def test_dropout_inside_row_programs_follows_the_seed():
     """`dropout_all` drops inside the mlps: the same masks for the same seed, in forward and backward."""
     model = small_model("fmnist_cls/scalegmn")
