@@ -8,8 +8,8 @@ CHECKOUT is one of https://github.com/jkalogero/scalegmn, which is imported from
 initial ones plus normal noise of 0.1: at the initial ones some outputs do not depend on the input. Outputs are compared
 first, in eval mode and float32; where they differ by more than 1e-3 of the largest nothing is timed. Batches are built
 beforehand on both sides. A step is forward, loss, backward, clipping and AdamW, dropout as configured; with bfloat16
-the forward runs under autocast; where that dies of SIGILL (a virtual machine that announces AMX and has none), set
-ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16.
+the forward of both runs under autocast. Rows of float32 time a third side, ours under autocast. Where bfloat16 dies of
+SIGILL (a virtual machine that announces AMX and has none), set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16.
 
 Each measurement is a process of its own, and its row is written at once, in the place of the row of the same
 configuration, batch, dtype and mode: configurations can be measured one at a time. A row that was timed while other
@@ -19,6 +19,7 @@ processes took more than --others of the processors is not written.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -97,6 +98,7 @@ def difference(expected, found) -> float:
 def compare(root: str, name: str, batch: int, dtype: str, mode: str, rounds: int, seconds: float) -> dict:
     """What a row says of times."""
     problem = Problem(published_config(name), batch)
+    graph = problem.graph()
     theirs, our = Theirs(root, name), Ours(name)
     our.model.load_state_dict(theirs.model.state_dict(), strict=True)
     theirs.model.eval(), our.model.eval()
@@ -110,6 +112,10 @@ def compare(root: str, name: str, batch: int, dtype: str, mode: str, rounds: int
         side: partial(Training(model, problem.config).step, under(dtype, forward), problem)
         for side, (model, forward) in forwards.items()
     }
+    if (dtype, mode) == ("float32", "eager"):
+        narrow = copy.deepcopy(our.model)
+        step = Training(narrow, problem.config).step
+        cases["ours_bfloat16"] = partial(step, under("bfloat16", lambda: narrow(graph)), problem)
     for _ in range(COMPILED_WARM_UP if mode == "compiled" else 0):
         cases["original"]()
     with harness.others() as others:
@@ -118,6 +124,11 @@ def compare(root: str, name: str, batch: int, dtype: str, mode: str, rounds: int
         "difference": error,
         **{side: harness.summary(values) for side, values in times.items()},
         "ratio": harness.ratios(times["original"], times["ours"]),
+        **(
+            {"bfloat16_ratio": harness.ratios(times["original"], times["ours_bfloat16"])}
+            if "ours_bfloat16" in times
+            else {}
+        ),
         "others": others.share,
     }
 
@@ -167,9 +178,9 @@ def groups(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict[str, dict]]
     return dict(sorted(found.items(), key=lambda item: (item[0][0] != "float32", item[0][1] != "16", item[0][1])))
 
 
-def mean_ratio(group: dict[str, dict[str, dict]], mode: str) -> str:
+def mean_ratio(group: dict[str, dict[str, dict]], mode: str, key: str = "ratio") -> str:
     """Geometric mean of a mode's ratios, and their number; empty if there is none."""
-    found = [modes[mode]["ratio"]["median"] for modes in group.values() if "ratio" in modes.get(mode, {})]
+    found = [modes[mode][key]["median"] for modes in group.values() if key in modes.get(mode, {})]
     return f"**{statistics.geometric_mean(found):.2f}x** ({len(found)})" if found else ""
 
 
@@ -180,11 +191,13 @@ def page(data: dict) -> str:
         batch = "its own batch" if kind == "own" else f"batch {kind}"
         header = [
             "configuration", "batch", "original (ms)", "ours (ms)", "original / ours", "p20 to p80", "rounds",
-            "compiled original / ours", "tuned allocator", "original (MB)", "ours (MB)", "memory", "outputs differ by",
+            "original / ours in bfloat16", "compiled original / ours", "tuned allocator", "original (MB)", "ours (MB)",
+            "memory", "outputs differ by",
         ]  # fmt: skip
         body = [_line(name, modes) for name, modes in group.items()]
         means = ["geometric mean (of)", *[""] * (len(header) - 1)]
-        for column, mode in ((4, "eager"), (7, "compiled"), (8, "tuned allocator"), (11, "memory")):
+        means[7] = mean_ratio(group, "eager", "bfloat16_ratio")
+        for column, mode in ((4, "eager"), (8, "compiled"), (9, "tuned allocator"), (12, "memory")):
             means[column] = mean_ratio(group, mode)
         body.append(means)
         used = [any(line[column] for line in body) for column in range(len(header))]
@@ -207,10 +220,12 @@ def _line(name: str, modes: dict[str, dict]) -> list[str]:
         return f"{memory[side] / 1e6:.0f}" if side in memory else ""
 
     spread = f"{eager['ratio']['p20']:.2f} to {eager['ratio']['p80']:.2f}" if "ratio" in eager else ""
+    narrow = f"{eager['bfloat16_ratio']['median']:.2f}x" if "bfloat16_ratio" in eager else ""
     error = f"{eager['difference']:.0e}" if "difference" in eager else ""
     return [
         name, str(next(iter(modes.values()))["batch"]), milliseconds("original"), milliseconds("ours"), ratio("eager"),
-        spread, str(eager["ours"]["rounds"]) if "ours" in eager else "", ratio("compiled"), ratio("tuned allocator"),
+        spread, str(eager["ours"]["rounds"]) if "ours" in eager else "", narrow, ratio("compiled"),
+        ratio("tuned allocator"),
         megabytes("original"), megabytes("ours"), ratio("memory"), error,
     ]  # fmt: skip
 

@@ -25,7 +25,7 @@ constexpr int64_t tile_floats = 448 * 1024;    // of a tile's workspace: what fi
 constexpr int64_t partition_rows = 2048;       // so many pay for a partition's own copy of the parameter gradients
 constexpr int64_t most_partitions = 16;
 constexpr int64_t fewest_rows_to_share = 256;  // from here on two cores have enough to do
-constexpr int64_t smallest_row_product = 16;   // width from which a product compiled for its shape pays
+constexpr int64_t smallest_row_product = 8;    // width from which a product compiled for its shape pays
 
 // -- the plan of a call -----------------------------------------------------------------------------------------------
 
