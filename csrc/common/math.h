@@ -6,7 +6,7 @@
 
 namespace scalegmn {
 
-enum class Activation { identity, relu, elu, silu, tanh, sigmoid, sine };
+enum class Activation { identity, relu, elu, silu, tanh, sigmoid, sine, gelu };
 
 namespace SCALEGMN_ISA {
 
@@ -26,6 +26,7 @@ SCALEGMN_HD double exponential_minus_1(double x) { return SCALEGMN_LIBM(expm1)(x
 SCALEGMN_HD double hyperbolic_tangent(double x) { return SCALEGMN_LIBM(tanh)(x); }
 SCALEGMN_HD double sine(double x) { return SCALEGMN_LIBM(sin)(x); }
 SCALEGMN_HD double cosine(double x) { return SCALEGMN_LIBM(cos)(x); }
+SCALEGMN_HD double error_function(double x) { return SCALEGMN_LIBM(erf)(x); }
 
 #ifdef __CUDACC__
 
@@ -34,6 +35,7 @@ SCALEGMN_HD float exponential_minus_1(float x) { return ::expm1f(x); }
 SCALEGMN_HD float hyperbolic_tangent(float x) { return ::tanhf(x); }
 SCALEGMN_HD float sine(float x) { return ::sinf(x); }
 SCALEGMN_HD float cosine(float x) { return ::cosf(x); }
+SCALEGMN_HD float error_function(float x) { return ::erff(x); }
 
 #else
 
@@ -83,6 +85,29 @@ SCALEGMN_HD float hyperbolic_tangent(float x) {
   return from_bits(to_bits(e / (e + 2.f)) ^ (to_bits(x) & 0x80000000u));
 }
 
+// Minimax polynomials of erf(x) / x - 1 up to 1 and of -log(erfc(x)) / x up to 4; to 2 units in the last place.
+SCALEGMN_HD float error_function(float x) {
+  const float s = x * x, t = clamp(magnitude(x), 0.f, 4.f);
+  float p = 0x1.4ae4c6p-14f;
+  p = p * s - 0x1.a485e8p-11f;
+  p = p * s + 0x1.5419f4p-8f;
+  p = p * s - 0x1.b7fbb4p-6f;
+  p = p * s + 0x1.ce2d20p-4f;
+  p = p * s - 0x1.81273ep-2f;
+  p = p * s + 0x1.06eba8p-3f;
+  const float near = x + x * p;
+  float q = 0x1.dd69d6p-19f;
+  q = q * t - 0x1.dd1104p-16f;
+  q = q * t - 0x1.22faa4p-13f;
+  q = q * t + 0x1.a112b8p-9f;
+  q = q * t - 0x1.7a555ep-6f;
+  q = q * t + 0x1.b0d20ap-4f;
+  q = q * t + 0x1.45547ap-1f;
+  q = q * t + 0x1.20ebe8p+0f;
+  const float far = from_bits(to_bits(1.f - exponential(-(q * t))) | (to_bits(x) & 0x80000000u));
+  return s > 1.f ? far : near;  // NaN stays
+}
+
 // Quadrant q and remainder r of x = q pi/2 + r in double, so that products of large w0 and x keep their phase: exact to
 // float up to |x| = 1e6, error |x| 1e-16 beyond. Bounded for any finite x, NaN for infinite ones.
 SCALEGMN_HD float quarter_turns(float x, uint32_t& q) {
@@ -126,6 +151,17 @@ SCALEGMN_HD float cosine(float x) {
 
 #endif
 
+// The distribution and the density of the standard normal.
+template <class A>
+SCALEGMN_HD A normal_distribution(A y) {
+  return A(0.5) + A(0.5) * error_function(y * A(0.70710678118654752440));
+}
+
+template <class A>
+SCALEGMN_HD A normal_density(A y) {
+  return exponential(A(-0.5) * y * y) * A(0.39894228040143267794);
+}
+
 template <class A>
 SCALEGMN_HD A logistic(A y) {
   return A(1) / (A(1) + exponential(-y));
@@ -146,6 +182,8 @@ SCALEGMN_HD A activate(Activation activation, A y, A w0) {
       return logistic(y);
     case Activation::sine:
       return sine(w0 * y);
+    case Activation::gelu:
+      return y * normal_distribution(y);
     default:
       return y;
   }
@@ -172,6 +210,8 @@ SCALEGMN_HD A activate_derivative(Activation activation, A y, A w0) {
     }
     case Activation::sine:
       return w0 * cosine(w0 * y);
+    case Activation::gelu:
+      return normal_distribution(y) + y * normal_density(y);
     default:
       return A(1);
   }

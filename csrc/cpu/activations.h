@@ -23,6 +23,8 @@ inline __attribute__((always_inline)) void with_activation(Activation activation
       return function.template operator()<Activation::sigmoid>();
     case Activation::sine:
       return function.template operator()<Activation::sine>();
+    case Activation::gelu:
+      return function.template operator()<Activation::gelu>();
   }
 }
 

@@ -472,6 +472,14 @@ void forward_step(const Tile<A>& t, const RowStep& step) {
       }
       return;
     }
+    case RowOp::head_dot: {
+      const int64_t head = step.in_width / step.width;
+      for (int64_t k = 0; k < count; ++k) {
+        const A *x = a + k * head, *y = b + k * head;
+        out[k] = A(step.p0) * row_sum<A>(head, [=](int64_t i) { return x[i] * y[i]; });
+      }
+      return;
+    }
     case RowOp::concat: {
       const int64_t left = step.in_width, right = step.width - left;
       for (int64_t r = 0; r < t.rows; ++r) {
@@ -760,6 +768,16 @@ void backward_step(const Tile<A>& t, const RowStep& step) {
       if (A* to = parameter_grad(t, step.bias_grad)) add_column_sums(grad, t.rows, step.width, to);
       if (grad_a != nullptr) contribute(grad_a, count, step.writes_a, [=](int64_t i) { return grad[i]; });
       return;
+    case RowOp::head_dot: {
+      const int64_t head = step.in_width / step.width;
+      for (int64_t k = 0; k < count; ++k) {
+        const A g = A(step.p0) * grad[k];
+        const A *x = a + k * head, *y = b + k * head;
+        if (grad_a != nullptr) contribute(grad_a + k * head, head, step.writes_a, [=](int64_t i) { return g * y[i]; });
+        if (grad_b != nullptr) contribute(grad_b + k * head, head, step.writes_b, [=](int64_t i) { return g * x[i]; });
+      }
+      return;
+    }
     case RowOp::concat: {
       const int64_t left = step.in_width, right = step.width - left;
       for (int64_t r = 0; r < t.rows; ++r) {
@@ -796,18 +814,132 @@ inline __attribute__((always_inline)) void each_segment_row(const RowProgramArgs
 }
 
 template <class A>
+void add_up(const Tile<A>& t, const A* values) {
+  const int64_t width = t.args.width;
+  each_segment_row(t.args, t.first, t.rows, [&](int64_t r, int64_t segment) {
+    const bool continued = t.args.ptr[segment] < t.partition.begin;
+    A* to = continued ? static_cast<A*>(t.partition.head) : static_cast<A*>(t.args.reduced) + segment * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) to[i] += values[r * width + i];
+  });
+}
+
+// Until the segment is complete the mean and the variance are sums of differences to its first row, and of their squares.
+template <class A>
+void add_to_statistics(const Tile<A>& t, const A* values) {
+  const int64_t width = t.args.width;
+  each_segment_row(t.args, t.first, t.rows, [&](int64_t r, int64_t segment) {
+    const A* x = values + r * width;
+    A* sums = static_cast<A*>(t.args.reduced) + 4 * segment * width;
+    A *squares = sums + width, *least = squares + width, *largest = least + width;
+    A *pivot = static_cast<A*>(t.args.kept) + 2 * segment * width, *offset = pivot + width;
+    int32_t *least_row = t.args.extremes + 2 * segment * width, *largest_row = least_row + width;
+    const int32_t row = int32_t(t.first + r);
+    if (t.args.ptr[segment] == t.first + r) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        pivot[i] = least[i] = largest[i] = x[i];
+        sums[i] = squares[i] = 0;
+        least_row[i] = largest_row[i] = row;
+      }
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        const A difference = x[i] - pivot[i];
+        sums[i] += difference;
+        squares[i] += difference * difference;
+        const bool unordered = x[i] != x[i], less = x[i] < least[i] || unordered, more = x[i] > largest[i] || unordered;
+        least[i] = less ? x[i] : least[i];
+        least_row[i] = less ? row : least_row[i];
+        largest[i] = more ? x[i] : largest[i];
+        largest_row[i] = more ? row : largest_row[i];
+      }
+    }
+    if (t.args.ptr[segment + 1] != t.first + r + 1) return;
+    const A count = A(t.args.ptr[segment + 1] - t.args.ptr[segment]);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      offset[i] = sums[i] / count;
+      const A variance = squares[i] / count - offset[i] * offset[i];
+      squares[i] = variance < A(0) ? A(0) : variance;
+      sums[i] = pivot[i] + offset[i];
+    }
+  });
+}
+
+// Calls use(first row of the tile, end, segment) for each run of rows of one segment.
+template <class Use>
+inline __attribute__((always_inline)) void each_run(const RowProgramArgs& args, int64_t first, int64_t rows, Use use) {
+  int64_t segment = segment_of(args, first);
+  for (int64_t begin = 0; begin < rows;) {
+    while (args.ptr[segment + 1] <= first + begin) ++segment;
+    const int64_t rest = args.ptr[segment + 1] - first, end = rest < rows ? rest : rows;
+    use(begin, end, segment);
+    begin = end;
+  }
+}
+
+// The sums so far are of weights exp(logit - largest so far); logits are overwritten by the weights.
+template <class A>
+void attend(const Tile<A>& t, const A* values, A* logits) {
+  const int64_t width = t.args.width, heads = t.args.heads, head = width / heads;
+  each_run(t.args, t.first, t.rows, [&](int64_t begin, int64_t end, int64_t segment) {
+    A* to = static_cast<A*>(t.args.reduced) + segment * width;
+    A *largest = static_cast<A*>(t.args.kept) + 2 * segment * heads, *total = largest + heads;
+    const bool starts = t.args.ptr[segment] == t.first + begin;
+    for (int64_t h = 0; h < heads; ++h) {
+      A most = starts ? logits[begin * heads + h] : largest[h];
+      for (int64_t r = begin; r < end; ++r) most = logits[r * heads + h] > most ? logits[r * heads + h] : most;
+      if (!starts && most != largest[h]) {
+        const A factor = exponential(largest[h] - most);
+        total[h] *= factor;
+        for (int64_t i = h * head; i < (h + 1) * head; ++i) to[i] *= factor;
+      }
+      largest[h] = most;
+    }
+    for (int64_t r = begin; r < end; ++r) {
+#pragma omp simd
+      for (int64_t h = 0; h < heads; ++h) logits[r * heads + h] -= largest[h];
+    }
+#pragma omp simd
+    for (int64_t i = begin * heads; i < end * heads; ++i) logits[i] = exponential(logits[i]);
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const A weight = logits[r * heads + h];
+        total[h] += weight;
+        const A* x = values + r * width + h * head;
+#pragma omp simd
+        for (int64_t i = 0; i < head; ++i) to[h * head + i] += weight * x[i];
+      }
+    }
+    if (t.args.ptr[segment + 1] != t.first + end) return;
+    for (int64_t h = 0; h < heads; ++h) {
+      total[h] = A(1) / total[h];
+#pragma omp simd
+      for (int64_t i = h * head; i < (h + 1) * head; ++i) to[i] *= total[h];
+    }
+  });
+}
+
+template <class A>
 void write_outputs(const Tile<A>& t) {
   const RowProgramArgs& args = t.args;
   const RowSection& section = *t.partition.section;
-  if (section.sum_step >= 0) {
-    const int64_t width = t.step(section.sum_step).width;
-    const A* values = t.value(section.sum_step);
-    each_segment_row(args, t.first, t.rows, [&](int64_t r, int64_t segment) {
-      const bool continued = args.ptr[segment] < t.partition.begin;
-      A* to = continued ? static_cast<A*>(t.partition.head) : static_cast<A*>(args.sums) + segment * width;
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) to[i] += values[r * width + i];
-    });
+  if (section.reduced_step >= 0) {
+    const A* values = t.value(section.reduced_step);
+    switch (args.reduction) {
+      case RowReduction::none:
+        break;
+      case RowReduction::sum:
+        add_up(t, values);
+        break;
+      case RowReduction::statistics:
+        add_to_statistics(t, values);
+        break;
+      case RowReduction::attention:
+        attend(t, values, t.value(section.logits_step));
+        break;
+    }
   }
   if (section.rows_step >= 0) {
     const int64_t width = t.step(section.rows_step).width;
@@ -820,21 +952,86 @@ void write_outputs(const Tile<A>& t) {
   }
 }
 
+template <class T, class A>
+void statistics_grads(const Tile<A>& t, const A* values, A* to) {
+  const int64_t width = t.args.width;
+  each_segment_row(t.args, t.first, t.rows, [&](int64_t r, int64_t segment) {
+    const T *mean = static_cast<const T*>(t.args.grad_reduced) + 4 * segment * width, *variance = mean + width;
+    const T *least = variance + width, *largest = least + width;
+    const A *pivot = static_cast<const A*>(t.args.kept) + 2 * segment * width, *offset = pivot + width;
+    const int32_t *least_row = t.args.extremes + 2 * segment * width, *largest_row = least_row + width;
+    const int32_t row = int32_t(t.first + r);
+    const A share = A(1) / A(t.args.ptr[segment + 1] - t.args.ptr[segment]);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const A centred = (values[r * width + i] - pivot[i]) - offset[i];
+      A grad = share * (A(load(mean[i])) + A(2) * A(load(variance[i])) * centred);
+      grad += least_row[i] == row ? A(load(least[i])) : A(0);
+      grad += largest_row[i] == row ? A(load(largest[i])) : A(0);
+      to[r * width + i] = grad;
+    }
+  });
+}
+
+// Logits are overwritten by the weights. grad_logits may be null, and so may to.
+template <class T, class A>
+void attention_grads(const Tile<A>& t, const A* values, A* logits, A* grad_logits, A* to) {
+  const int64_t width = t.args.width, heads = t.args.heads, head = width / heads;
+  each_run(t.args, t.first, t.rows, [&](int64_t begin, int64_t end, int64_t segment) {
+    const T* grad = static_cast<const T*>(t.args.grad_reduced) + segment * width;
+    const A *largest = static_cast<const A*>(t.args.kept) + 2 * segment * heads, *share = largest + heads;
+    const A* along = static_cast<const A*>(t.args.along) + segment * heads;
+    for (int64_t r = begin; r < end; ++r) {
+#pragma omp simd
+      for (int64_t h = 0; h < heads; ++h) logits[r * heads + h] -= largest[h];
+    }
+#pragma omp simd
+    for (int64_t i = begin * heads; i < end * heads; ++i) logits[i] = exponential(logits[i]);
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const A weight = logits[r * heads + h] * share[h];
+        const A* x = values + r * width + h * head;
+        const T* g = grad + h * head;
+        if (grad_logits != nullptr) {
+          const A product = row_sum<A>(head, [=](int64_t i) { return A(load(g[i])) * x[i]; });
+          grad_logits[r * heads + h] = weight * (product - along[h]);
+        }
+        if (to == nullptr) continue;
+        A* grad_value = to + r * width + h * head;
+#pragma omp simd
+        for (int64_t i = 0; i < head; ++i) grad_value[i] = weight * A(load(g[i]));
+      }
+    }
+  });
+}
+
+template <class A>
+void reduction_grads(const Tile<A>& t) {
+  const RowProgramArgs& args = t.args;
+  const RowSection& section = *t.partition.section;
+  const int64_t width = args.width;
+  A* to = t.grad(section.reduced_step);
+  with_scalar(args.rows_dtype, [&]<class T>() {
+    if (args.reduction == RowReduction::attention) {
+      A* grad_logits = t.grad(section.logits_step);
+      if (to == nullptr && grad_logits == nullptr) return;
+      return attention_grads<T>(t, t.value(section.reduced_step), t.value(section.logits_step), grad_logits, to);
+    }
+    if (to == nullptr) return;
+    if (args.reduction == RowReduction::statistics) return statistics_grads<T>(t, t.value(section.reduced_step), to);
+    each_segment_row(args, t.first, t.rows, [&](int64_t r, int64_t segment) {
+      const T* from = static_cast<const T*>(args.grad_reduced) + segment * width;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) to[r * width + i] = A(load(from[i]));
+    });
+  });
+}
+
 template <class A>
 void read_output_grads(const Tile<A>& t) {
   const RowProgramArgs& args = t.args;
   const RowSection& section = *t.partition.section;
-  if (section.sum_step >= 0 && t.grad(section.sum_step) != nullptr) {
-    const int64_t width = t.step(section.sum_step).width;
-    A* to = t.grad(section.sum_step);
-    with_scalar(args.rows_dtype, [&]<class T>() {
-      each_segment_row(args, t.first, t.rows, [&](int64_t r, int64_t segment) {
-        const T* from = static_cast<const T*>(args.grad_sums) + segment * width;
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) to[r * width + i] = A(load(from[i]));
-      });
-    });
-  }
+  if (section.reduced_step >= 0) reduction_grads(t);
   if (section.rows_step >= 0 && t.grad(section.rows_step) != nullptr) {
     const int64_t width = t.step(section.rows_step).width;
     A* to = t.grad(section.rows_step);

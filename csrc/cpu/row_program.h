@@ -26,6 +26,15 @@ enum class RowOp {
   normalize,   // a / (||a|| + eps)
   dropout,     // a / (1 - p) where the row and column are kept, else 0
   concat,      // [a, b]
+  head_dot,    // scale * <a, b> per head
+};
+
+// What becomes of a step's rows in their segment.
+enum class RowReduction {
+  none,
+  sum,         // [d]
+  statistics,  // [4 d]: mean, variance, least, largest; 0 without rows
+  attention,   // [d]: the sum weighted by the softmax of another step's rows, head by head; 0 without rows
 };
 
 // Wide is float, or double if every table and parameter is float64. Parameters are Wide; pointers are null where absent.
@@ -36,7 +45,7 @@ struct RowStep {
   Activation activation;
   int64_t width;      // of the result
   int64_t in_width;   // of a
-  double p0, p1;      // dropout: p, stream; normalize: eps; activations: w0
+  double p0, p1;      // dropout: p, stream; normalize: eps; activations: w0; head_dot: scale
   const void* weight; // linear [width, in_width], rows weight_stride apart; norms [width]
   int64_t weight_stride;
   // linear, null where no product of rows serves the step: float weight^T [in_width, width], packed; or of bfloat16 both
@@ -79,7 +88,8 @@ struct RowScatter {
 struct RowSection {
   const RowStep* steps;
   int num_steps;
-  int sum_step, rows_step;  // whose results are added up per segment, and written as rows; -1: none
+  int reduced_step, rows_step;  // whose results are reduced per segment, and written as rows; -1: none
+  int logits_step;              // attention: whose results, one per head, weigh them
 };
 
 struct RowProgramArgs {
@@ -95,12 +105,19 @@ struct RowProgramArgs {
   RowGemm16 row16;
   int64_t scratch;       // offset of what a single step may use of the workspace
   // outputs
+  RowReduction reduction;
   const int64_t* ptr;            // [segments + 1] from 0
-  int64_t segments;
-  void* sums;                    // Wide [segments, width]: forward result
+  int64_t segments, width, heads;  // of what is reduced
+  void* reduced;                 // Wide [segments, width or 4 width]: forward result
+  // What a reduction keeps for backward. statistics: Wide [segments, 2 width], the first row and the mean of the others'
+  // differences to it, and the rows of the extremes, int32 [segments, 2 width]. attention: Wide [segments, 2 heads], the
+  // largest logit and 1 / the sum of the weights.
+  void* kept;
+  int32_t* extremes;
   void* rows_out;                // dtype rows_dtype [rows, width]
   Scalar rows_dtype;
-  const void* grad_sums;         // backward: rows of rows_dtype
+  const void* grad_reduced;      // backward: rows of rows_dtype
+  const void* along;             // backward, attention: Wide [segments, heads], <result, its gradient> per head
   const void* grad_rows;
 };
 
@@ -108,7 +125,8 @@ struct RowPartition {
   const RowSection* section;
   int64_t begin, end;   // rows
   void* workspace;      // Wide, of the thread
-  void* head;           // forward: Wide [width], the sum of the first segment if it began before this partition
+  void* head;           // forward: Wide [width], the sum of the first segment if it began before this partition (other
+                        // reductions have no such segments)
   void* parameters;     // backward: Wide, gradients of parameters
   const RowScatter* scatters;  // backward: per table
 };

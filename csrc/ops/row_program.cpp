@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -20,7 +21,7 @@
 namespace scalegmn {
 namespace {
 
-constexpr int64_t step_numbers = 8;
+constexpr int64_t section_numbers = 5, step_numbers = 8;
 constexpr int64_t tile_floats = 448 * 1024;    // of a tile's workspace: what fits a core's L2 cache beside the weights
 constexpr int64_t partition_rows = 2048;       // so many pay for a partition's own copy of the parameter gradients
 constexpr int64_t most_partitions = 16;
@@ -51,7 +52,7 @@ struct Slots {
 
 struct Section {
   int64_t begin, end;
-  int sum_step, rows_step;
+  int reduced_step, rows_step, logits_step;
   std::vector<RowStep> steps;
   std::vector<std::array<int64_t, 3>> operands;  // tensors t0, t1, t2 of each step
   int64_t parameters = 0;                        // Wide numbers of the gradients
@@ -84,7 +85,7 @@ class Program {
                         "ptr: expected a nondecreasing sequence from 0 to ", rows_, ", got one from ", p[0], " to ",
                         p[ptr_.numel() - 1]);
     }
-    TORCH_CHECK_VALUE(ptr || sum_width_ < 0, "ptr: expected int64 [S + 1] for a program that adds up, got none");
+    TORCH_CHECK_VALUE(ptr || width_ < 0, "ptr: expected int64 [S + 1] for a program that reduces, got none");
     args_.wide_compute = wide;
     args_.gemm32 = gemms_.gemm32;
     args_.gemm64 = gemms_.gemm64;
@@ -95,6 +96,7 @@ class Program {
     if (ptr) {
       args_.ptr = ptr_.const_data_ptr<int64_t>();
       args_.segments = ptr_.numel() - 1;
+      check_segments();
     }
     if (seed) {
       TORCH_CHECK_VALUE(seed->numel() == 2 && seed->scalar_type() == at::kLong && seed->is_contiguous(),
@@ -104,40 +106,66 @@ class Program {
     }
   }
 
-  std::tuple<at::Tensor, at::Tensor> forward() {
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward() {
     plan_values(false);
     finish_plan();
-    const int64_t segments = sum_width_ < 0 ? 0 : args_.segments, sum_width = std::max<int64_t>(sum_width_, 0);
-    at::Tensor sums = at::zeros({segments, sum_width}, wide_);
+    const bool reduces = width_ >= 0;
+    at::Tensor reduced = at::zeros({reduces ? args_.segments : 0, reduces ? reduced_width() : 0}, wide_);
     at::Tensor rows = pooled_empty({rows_width_ < 0 ? 0 : written_rows_, std::max<int64_t>(rows_width_, 0)}, result_);
-    args_.sums = sums.mutable_data_ptr();
+    const bool statistics = args_.reduction == RowReduction::statistics;
+    at::Tensor kept = at::zeros(kept_sizes(), wide_);
+    at::Tensor extremes = statistics ? at::zeros({args_.segments, 2 * width_}, at::kInt) : at::empty({0}, at::kInt);
+    args_.reduced = reduced.mutable_data_ptr();
+    args_.kept = kept.mutable_data_ptr();
+    args_.extremes = statistics ? extremes.mutable_data_ptr<int32_t>() : nullptr;
     args_.rows_out = rows.mutable_data_ptr();
     cut();
-    at::Tensor heads = at::zeros({int64_t(partitions_.size()), sum_width}, wide_);
+    const int64_t head_width = args_.reduction == RowReduction::sum ? width_ : 0;
+    at::Tensor heads = at::zeros({int64_t(partitions_.size()), head_width}, wide_);
     const int64_t element = heads.element_size();
     for (size_t p = 0; p < partitions_.size(); ++p) {
-      partitions_[p].head = static_cast<char*>(heads.mutable_data_ptr()) + int64_t(p) * sum_width * element;
+      partitions_[p].head = static_cast<char*>(heads.mutable_data_ptr()) + int64_t(p) * head_width * element;
     }
     run();
-    if (segments > 0) wide_ == at::kDouble ? add_heads<double>(sums) : add_heads<float>(sums);
-    return {pooled_cast(sums, result_), rows};
+    if (args_.reduction == RowReduction::sum) wide_ == at::kDouble ? add_heads<double>(reduced) : add_heads<float>(reduced);
+    return {pooled_cast(reduced, result_), rows, kept, extremes};
   }
 
-  std::vector<at::Tensor> backward(const at::Tensor& grad_sums, const at::Tensor& grad_rows,
-                                   const std::vector<bool>& wanted) {
+  std::vector<at::Tensor> backward(const at::Tensor& grad_reduced, const at::Tensor& grad_rows, const at::Tensor& reduced,
+                                   const at::Tensor& kept, const at::Tensor& extremes, const std::vector<bool>& wanted) {
     TORCH_CHECK_VALUE(wanted.size() == tensors_.size(), "wanted: expected ", tensors_.size(), " flags, got ",
                       wanted.size());
     wanted_ = wanted;
-    const at::Tensor sums = grad_sums.to(result_).contiguous(), rows = grad_rows.to(result_).contiguous();
-    if (sum_width_ >= 0) {
-      TORCH_CHECK_VALUE(sums.dim() == 2 && sums.size(0) == args_.segments && sums.size(1) == sum_width_,
-                        "grad_sums: expected [", args_.segments, ", ", sum_width_, "], got ", sums.sizes());
+    const at::Tensor grads = grad_reduced.to(result_).contiguous(), rows = grad_rows.to(result_).contiguous();
+    at::Tensor along;
+    const at::Tensor kept_rows = kept.contiguous();
+    if (width_ >= 0) {
+      const std::array<int64_t, 2> sizes = {args_.segments, reduced_width()};
+      TORCH_CHECK_VALUE(grads.sizes() == at::IntArrayRef(sizes), "grad_reduced: expected ", at::IntArrayRef(sizes),
+                        ", got ", grads.sizes());
+      TORCH_CHECK_VALUE(kept_rows.sizes() == at::IntArrayRef(kept_sizes()) && kept_rows.scalar_type() == wide_,
+                        "kept: expected ", wide_, " ", at::IntArrayRef(kept_sizes()), ", got ", kept_rows.scalar_type(), " ",
+                        kept_rows.sizes());
+      args_.kept = const_cast<void*>(kept_rows.const_data_ptr());
+      if (args_.reduction == RowReduction::statistics) {
+        TORCH_CHECK_VALUE(extremes.scalar_type() == at::kInt && extremes.is_contiguous() &&
+                              extremes.sizes() == kept_rows.sizes(),
+                          "extremes: expected int32 ", kept_rows.sizes(), ", got ", extremes.scalar_type(), " ",
+                          extremes.sizes());
+        args_.extremes = const_cast<int32_t*>(extremes.const_data_ptr<int32_t>());
+      }
+      if (args_.reduction == RowReduction::attention) {
+        TORCH_CHECK_VALUE(reduced.sizes() == grads.sizes(), "reduced: expected ", grads.sizes(), ", got ", reduced.sizes());
+        const at::Tensor product = at::mul(grads.to(wide_), reduced.to(wide_));
+        along = product.view({args_.segments, args_.heads, width_ / args_.heads}).sum(-1);
+        args_.along = along.const_data_ptr();
+      }
     }
     if (rows_width_ >= 0) {
       TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(0) == written_rows_ && rows.size(1) == rows_width_,
                         "grad_rows: expected [", written_rows_, ", ", rows_width_, "], got ", rows.sizes());
     }
-    args_.grad_sums = sums.const_data_ptr();
+    args_.grad_reduced = grads.const_data_ptr();
     args_.grad_rows = rows.const_data_ptr();
     args_.backward = true;
     plan_gradients();
@@ -158,7 +186,7 @@ class Program {
   std::map<int64_t, Weight> weights_;  // by tensor
   std::vector<bool> wanted_;
   at::ScalarType wide_, result_ = at::kFloat;
-  int64_t rows_ = 0, written_rows_ = 0, sum_width_ = -1, rows_width_ = -1;
+  int64_t rows_ = 0, written_rows_ = 0, width_ = -1, rows_width_ = -1;  // -1: nothing reduced, nothing written
   std::vector<Section> sections_;
   std::vector<at::Tensor> index_tensors_;
   std::vector<RowIndex> index_views_;
@@ -167,6 +195,14 @@ class Program {
   at::Tensor ptr_;
   RowProgramArgs args_{};
   std::vector<RowPartition> partitions_;
+
+  int64_t reduced_width() const { return args_.reduction == RowReduction::statistics ? 4 * width_ : width_; }
+
+  std::vector<int64_t> kept_sizes() const {
+    if (args_.reduction == RowReduction::statistics) return {args_.segments, 2 * width_};
+    if (args_.reduction == RowReduction::attention) return {args_.segments, 2 * args_.heads};
+    return {0};
+  }
 
   const void* keep(at::Tensor tensor) {
     owned_.push_back(std::move(tensor));
@@ -263,10 +299,10 @@ class Program {
     std::optional<at::ScalarType> result;
     for (size_t s = 0; s + 1 < bounds.size(); ++s) {
       TORCH_CHECK_VALUE(bounds[s] <= bounds[s + 1], "bounds: expected a nondecreasing sequence, got ", bounds);
-      TORCH_CHECK_VALUE(at + 3 <= code.size(), "code: expected ", bounds.size() - 1, " sections, got ", s);
-      Section section{bounds[s], bounds[s + 1], int(code[at + 1]), int(code[at + 2]), {}, {}, 0, {}, {}};
-      const int64_t count = code[at];
-      at += 3;
+      TORCH_CHECK_VALUE(at + section_numbers <= code.size(), "code: expected ", bounds.size() - 1, " sections, got ", s);
+      Section section{bounds[s], bounds[s + 1], int(code[at + 3]), int(code[at + 1]), int(code[at + 4]), {}, {}, 0, {}, {}};
+      const int64_t count = code[at], kind = code[at + 2];
+      at += section_numbers;
       TORCH_CHECK_VALUE(count >= 0 && at + size_t(count * step_numbers) <= code.size() &&
                             constant + size_t(2 * count) <= constants.size(),
                         "code: section ", s, " is cut off");
@@ -279,10 +315,13 @@ class Program {
         TORCH_CHECK_VALUE(width < 0 || width == section.steps[step].width, "code: sections differ in the width of ", what);
         width = section.steps[step].width;
       };
-      output(section.sum_step, sum_width_, "the sums");
       output(section.rows_step, rows_width_, "the rows");
-      TORCH_CHECK_VALUE(section.sum_step < 0 || section.sum_step != section.rows_step,
-                        "code: sums and rows are the same step");
+      if (section.reduced_step >= 0) {
+        output(section.reduced_step, width_, "what is reduced");
+        set_reduction(section, kind, count);
+      }
+      TORCH_CHECK_VALUE(section.reduced_step < 0 || section.reduced_step != section.rows_step,
+                        "code: the rows are also reduced");
       if (section.rows_step >= 0) {
         TORCH_CHECK_VALUE(written_rows_ == section.begin, "code: sections that write rows have to come first");
         written_rows_ = section.end;
@@ -296,9 +335,42 @@ class Program {
     for (Section& section : sections_) check_tables(section);
   }
 
+  void set_reduction(Section& section, int64_t kind, int64_t count) {
+    TORCH_CHECK_VALUE(kind > 0 && kind <= int64_t(RowReduction::attention), "code: unknown reduction ", kind);
+    const RowReduction reduction = RowReduction(kind);
+    const bool first = args_.reduction == RowReduction::none;
+    TORCH_CHECK_VALUE(first || args_.reduction == reduction, "code: sections differ in the reduction");
+    args_.reduction = reduction;
+    args_.width = width_;
+    if (reduction != RowReduction::attention) return;
+    const int logits = section.logits_step;
+    TORCH_CHECK_VALUE(logits >= 0 && logits < count && logits != section.reduced_step && logits != section.rows_step,
+                      "code: logits are step ", logits, " of ", count);
+    for (const RowStep& step : section.steps) {
+      TORCH_CHECK_VALUE(step.a != logits && step.b != logits, "code: logits are read by another step");
+    }
+    const int64_t heads = section.steps[logits].width;
+    TORCH_CHECK_VALUE((first || args_.heads == heads) && width_ % heads == 0, "code: ", heads, " logits for rows of width ",
+                      width_);
+    args_.heads = heads;
+  }
+
+  // Statistics and attention are of whole segments.
+  void check_segments() const {
+    if (args_.reduction == RowReduction::none || args_.reduction == RowReduction::sum) return;
+    for (const Section& section : sections_) {
+      if (section.reduced_step < 0) continue;
+      for (const int64_t bound : {section.begin, section.end}) {
+        TORCH_CHECK_VALUE(std::binary_search(args_.ptr, args_.ptr + args_.segments + 1, bound),
+                          "bounds: expected whole segments, got a section that begins or ends at row ", bound);
+      }
+    }
+    TORCH_CHECK_VALUE(rows_ <= INT32_MAX, "bounds: expected at most 2^31 - 1 rows, got ", rows_);
+  }
+
   void add_step(Section& section, at::IntArrayRef numbers, double p0, double p1, std::optional<at::ScalarType>& result) {
     const int count = int(section.steps.size());
-    TORCH_CHECK_VALUE(numbers[0] >= 0 && numbers[0] <= int64_t(RowOp::concat), "code: unknown operation ", numbers[0]);
+    TORCH_CHECK_VALUE(numbers[0] >= 0 && numbers[0] <= int64_t(RowOp::head_dot), "code: unknown operation ", numbers[0]);
     RowStep step{};
     step.op = RowOp(numbers[0]);
     step.a = int(numbers[1]);
@@ -311,7 +383,8 @@ class Program {
     step.value = step.aux = step.stats = step.grad = step.weight_grad = step.bias_grad = step.shift_grad = -1;
     const std::array<int64_t, 3> t = {numbers[3], numbers[4], numbers[5]};
     const bool reads_a = step.op != RowOp::load;
-    const bool reads_b = step.op == RowOp::add || step.op == RowOp::mul || step.op == RowOp::concat;
+    const bool reads_b = step.op == RowOp::add || step.op == RowOp::mul || step.op == RowOp::concat ||
+                         step.op == RowOp::head_dot;
     TORCH_CHECK_VALUE((reads_a ? step.a >= 0 && step.a < count : step.a < 0) &&
                           (reads_b ? step.b >= 0 && step.b < count : step.b < 0),
                       "code: step ", count, " has operands ", step.a, " and ", step.b);
@@ -343,6 +416,11 @@ class Program {
     } else if (reads_b) {
       TORCH_CHECK_VALUE(section.steps[step.b].width == step.width, "code: step ", count, " joins widths ", step.width,
                         " and ", section.steps[step.b].width);
+      if (step.op == RowOp::head_dot) {
+        TORCH_CHECK_VALUE(p1 >= 1 && step.width % int64_t(p1) == 0, "constants: ", p1, " heads for rows of width ",
+                          step.width);
+        step.width = int64_t(p1);
+      }
     } else if (step.op == RowOp::dropout) {
       TORCH_CHECK_VALUE(p0 >= 0 && p0 < 1, "constants: expected a dropout probability in [0, 1), got ", p0);
     }
@@ -351,7 +429,7 @@ class Program {
   }
 
   void mark_used(Section& section) {
-    for (int output : {section.sum_step, section.rows_step}) {
+    for (int output : {section.reduced_step, section.rows_step, section.logits_step}) {
       if (output >= 0) section.steps[output].used = true;
     }
     for (int k = int(section.steps.size()) - 1; k >= 0; --k) {
@@ -396,7 +474,7 @@ class Program {
         step.grad = slots.take(step.width);
         return true;
       };
-      for (int output : {section.sum_step, section.rows_step}) {
+      for (int output : {section.reduced_step, section.rows_step, section.logits_step}) {
         if (output >= 0) take(output);
       }
       for (int k = count - 1; k >= 0; --k) {
@@ -421,12 +499,18 @@ class Program {
         const RowStep& step = steps[k];
         if (!step.used) continue;
         bool runs = needed[k];
-        if (!backward) runs |= k == section.sum_step || k == section.rows_step;
+        if (!backward) runs |= k == section.reduced_step || k == section.rows_step || k == section.logits_step;
+        if (backward && args_.reduction != RowReduction::sum) {
+          const bool reduced = k == section.reduced_step || k == section.logits_step;
+          runs |= reduced && (section.steps[section.reduced_step].grad >= 0 ||
+                              (section.logits_step >= 0 && section.steps[section.logits_step].grad >= 0));
+        }
         const bool differentiates = backward && step.grad >= 0;
         runs |= differentiates && (step.op == RowOp::symmetrize || step.op == RowOp::norm_act);
         needed[k] = runs;
         const bool reads = step.op == RowOp::linear || step.op == RowOp::mul || step.op == RowOp::load_mul ||
-                           step.op == RowOp::scale || step.op == RowOp::abs || step.op == RowOp::normalize;
+                           step.op == RowOp::scale || step.op == RowOp::abs || step.op == RowOp::normalize ||
+                           step.op == RowOp::head_dot;
         for (int operand : {step.a, step.b}) {
           if (operand < 0) continue;
           if (runs || (differentiates && reads)) needed[operand] = true;
@@ -448,8 +532,8 @@ class Program {
           continue;
         }
         for (int operand : {step.a, step.b}) {
-          const bool dies = operand >= 0 && last[operand] == k && operand != section.sum_step &&
-                            operand != section.rows_step && (operand != step.a || operand != step.b || step.b < 0);
+          const bool dies = operand >= 0 && last[operand] == k && operand != section.reduced_step &&
+                            operand != section.rows_step && operand != section.logits_step && (operand != step.a || operand != step.b || step.b < 0);
           if (dies) slots.give(steps[operand].width, steps[operand].value);
         }
       }
@@ -509,7 +593,8 @@ class Program {
           if (*offset >= 0) *offset *= args_.tile_rows;
         }
       }
-      section.view = {section.steps.data(), int(section.steps.size()), section.sum_step, section.rows_step};
+      section.view = {section.steps.data(), int(section.steps.size()), section.reduced_step, section.rows_step,
+                      section.logits_step};
     }
   }
   int64_t workspace_ = 0;
@@ -517,15 +602,23 @@ class Program {
   void cut() {
     for (const Section& section : sections_) {
       const int64_t rows = section.end - section.begin;
-      const bool works = section.sum_step >= 0 || section.rows_step >= 0;
+      const bool works = section.reduced_step >= 0 || section.rows_step >= 0;
       if (rows == 0 || !works) continue;
       const int64_t wanted = std::max<int64_t>(rows / partition_rows, rows >= fewest_rows_to_share ? 2 : 1);
       const int64_t count = std::min(wanted, most_partitions);
+      int64_t begin = section.begin;
       for (int64_t p = 0; p < count; ++p) {
-        const int64_t begin = section.begin + rows * p / count, end = section.begin + rows * (p + 1) / count;
-        partitions_.push_back({&section.view, begin, end, nullptr, nullptr, nullptr, nullptr});
+        const int64_t end = p + 1 == count ? section.end : whole_segments(section, section.begin + rows * (p + 1) / count);
+        if (begin < end) partitions_.push_back({&section.view, begin, end, nullptr, nullptr, nullptr, nullptr});
+        begin = end;
       }
     }
+  }
+
+  // The row itself, or where its segment ends if segments must not be cut.
+  int64_t whole_segments(const Section& section, int64_t row) const {
+    if (section.reduced_step < 0 || args_.reduction == RowReduction::sum) return row;
+    return *std::lower_bound(args_.ptr, args_.ptr + args_.segments + 1, row);
   }
 
   void run() {
@@ -559,10 +652,10 @@ class Program {
   // Sums of segments that go on in later partitions, in the order of the partitions.
   template <class A>
   void add_heads(at::Tensor& sums) {
-    const int64_t width = sum_width_;
+    const int64_t width = width_;
     A* to = sums.mutable_data_ptr<A>();
     for (size_t p = 0; p < partitions_.size(); ++p) {
-      if (partitions_[p].section->sum_step < 0) continue;
+      if (partitions_[p].section->reduced_step < 0) continue;
       const int64_t* after = std::upper_bound(args_.ptr, args_.ptr + args_.segments + 1, partitions_[p].begin);
       const int64_t segment = after - args_.ptr - 1;
       if (args_.ptr[segment] == partitions_[p].begin) continue;
@@ -699,28 +792,30 @@ class Program {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> row_program(at::TensorList tensors, at::TensorList indices, at::IntArrayRef bounds,
-                                               at::IntArrayRef code, at::ArrayRef<double> constants,
-                                               const std::optional<at::Tensor>& ptr,
-                                               const std::optional<at::Tensor>& seed) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> row_program(
+    at::TensorList tensors, at::TensorList indices, at::IntArrayRef bounds, at::IntArrayRef code,
+    at::ArrayRef<double> constants, const std::optional<at::Tensor>& ptr, const std::optional<at::Tensor>& seed) {
   return Program(tensors, indices, bounds, code, constants, ptr, seed).forward();
 }
 
-std::vector<at::Tensor> row_program_backward(const at::Tensor& grad_sums, const at::Tensor& grad_rows,
-                                             at::TensorList tensors, at::TensorList indices, at::IntArrayRef bounds,
-                                             at::IntArrayRef code, at::ArrayRef<double> constants,
+std::vector<at::Tensor> row_program_backward(const at::Tensor& grad_reduced, const at::Tensor& grad_rows,
+                                             const at::Tensor& reduced, const at::Tensor& kept,
+                                             const at::Tensor& extremes, at::TensorList tensors, at::TensorList indices,
+                                             at::IntArrayRef bounds, at::IntArrayRef code, at::ArrayRef<double> constants,
                                              const std::optional<at::Tensor>& ptr, const std::optional<at::Tensor>& seed,
                                              const std::vector<bool>& wanted) {
-  return Program(tensors, indices, bounds, code, constants, ptr, seed).backward(grad_sums, grad_rows, wanted);
+  return Program(tensors, indices, bounds, code, constants, ptr, seed)
+      .backward(grad_reduced, grad_rows, reduced, kept, extremes, wanted);
 }
 
 TORCH_LIBRARY_FRAGMENT(scalegmn_fast_native, m) {
   m.def(
       "row_program(Tensor[] tensors, Tensor[] indices, int[] bounds, int[] code, float[] constants, Tensor? ptr, "
-      "Tensor? seed) -> (Tensor, Tensor)");
+      "Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "row_program_backward(Tensor grad_sums, Tensor grad_rows, Tensor[] tensors, Tensor[] indices, int[] bounds, "
-      "int[] code, float[] constants, Tensor? ptr, Tensor? seed, bool[] wanted) -> Tensor[]");
+      "row_program_backward(Tensor grad_reduced, Tensor grad_rows, Tensor reduced, Tensor kept, Tensor extremes, "
+      "Tensor[] tensors, Tensor[] indices, int[] bounds, int[] code, float[] constants, Tensor? ptr, Tensor? seed, "
+      "bool[] wanted) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(scalegmn_fast_native, CPU, m) {
@@ -730,11 +825,12 @@ TORCH_LIBRARY_IMPL(scalegmn_fast_native, CPU, m) {
     return row_program(tensors, indices, bounds, code, constants, ptr, seed);
   });
   m.impl("row_program_backward",
-         [](const at::Tensor& grad_sums, const at::Tensor& grad_rows, at::TensorList tensors, at::TensorList indices,
-            at::IntArrayRef bounds, at::IntArrayRef code, at::ArrayRef<double> constants,
-            const std::optional<at::Tensor>& ptr, const std::optional<at::Tensor>& seed, const c10::List<bool>& wanted) {
-           return row_program_backward(grad_sums, grad_rows, tensors, indices, bounds, code, constants, ptr, seed,
-                                       std::vector<bool>(wanted.begin(), wanted.end()));
+         [](const at::Tensor& grad_reduced, const at::Tensor& grad_rows, const at::Tensor& reduced, const at::Tensor& kept,
+            const at::Tensor& extremes, at::TensorList tensors, at::TensorList indices, at::IntArrayRef bounds,
+            at::IntArrayRef code, at::ArrayRef<double> constants, const std::optional<at::Tensor>& ptr,
+            const std::optional<at::Tensor>& seed, const c10::List<bool>& wanted) {
+           return row_program_backward(grad_reduced, grad_rows, reduced, kept, extremes, tensors, indices, bounds, code,
+                                       constants, ptr, seed, std::vector<bool>(wanted.begin(), wanted.end()));
          });
 }
 

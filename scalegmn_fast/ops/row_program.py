@@ -1,4 +1,4 @@
-"""`row_program`: programs of row operations, run tile by tile from gathers to sums per segment.
+"""`row_program`: programs of row operations, run tile by tile from gathers to what is reduced per segment.
 
 `RowProgram` writes a program down; one call of the op runs it. Message, edge update and node update of ScaleGMN are
 such programs (`scalegmn_fast.nn.fused`): whatever a configuration asks for becomes steps, and what lies between the
@@ -12,9 +12,16 @@ from torch import Tensor
 
 from scalegmn_fast import backends
 from scalegmn_fast.ops import library
-from scalegmn_fast.reference.row_program import OPERATIONS, result_dtype, sections, widths
+from scalegmn_fast.reference.row_program import (
+    ACTIVATIONS,
+    OPERATIONS,
+    REDUCTIONS,
+    kept_sizes,
+    result_dtype,
+    sections,
+    widths,
+)
 from scalegmn_fast.reference.row_program import row_program_backward as backward_formula
-from scalegmn_fast.reference.symmetrize import ACTIVATIONS
 
 _ARGUMENTS = (
     "Tensor[] tensors, Tensor[] indices, SymInt[] bounds, int[] code, float[] constants, Tensor? ptr, Tensor? seed"
@@ -30,32 +37,49 @@ def _forward(tensors, indices, bounds, code, constants, ptr, seed):
 
 def _forward_fake(tensors, indices, bounds, code, constants, ptr, seed):
     dtype = result_dtype(tensors, code, len(bounds) - 1)
-    sums, rows = (0, 0), (0, 0)
+    reduced, rows = (0, 0), (0, 0)
     for section in sections(bounds, code, constants):
         found = widths(tensors, section)
-        if section.sums >= 0:
-            sums = (ptr.shape[0] - 1, found[section.sums])
+        if section.reduced >= 0:
+            reduced = (ptr.shape[0] - 1, found[section.reduced] * (4 if section.reduction == "statistics" else 1))
         if section.rows >= 0:
             rows = (section.end, found[section.rows])
-    return tensors[0].new_empty(sums, dtype=dtype), tensors[0].new_empty(rows, dtype=dtype)
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    kept, extremes = kept_sizes(tensors, bounds, code, constants, ptr)
+    like = tensors[0]
+    return (
+        like.new_empty(reduced, dtype=dtype),
+        like.new_empty(rows, dtype=dtype),
+        like.new_empty(kept, dtype=wide),
+        like.new_empty(extremes, dtype=torch.int32),
+    )
 
 
-def _backward(grad_sums, grad_rows, tensors, indices, bounds, code, constants, ptr, seed, wanted):
+def _backward(
+    grad_reduced, grad_rows, reduced, kept, extremes, tensors, indices, bounds, code, constants, ptr, seed, wanted
+):
     kernel = backends.implementation("row_program", "backward", tensors[0])
-    return kernel(grad_sums, grad_rows, tensors, indices, bounds, code, constants, ptr, seed, wanted)
+    return kernel(
+        grad_reduced, grad_rows, reduced, kept, extremes, tensors, indices, bounds, code, constants, ptr, seed, wanted
+    )
 
 
-def _backward_fake(grad_sums, grad_rows, tensors, indices, bounds, code, constants, ptr, seed, wanted):
+def _backward_fake(
+    grad_reduced, grad_rows, reduced, kept, extremes, tensors, indices, bounds, code, constants, ptr, seed, wanted
+):
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if want else t.new_empty(0)
         for t, want in zip(tensors, wanted, strict=True)
     ]
 
 
-_forward_op = library.define("row_program", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
+_forward_op = library.define(
+    "row_program", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake
+)
 _backward_op = library.define(
     "row_program_backward",
-    f"(Tensor grad_sums, Tensor grad_rows, {_ARGUMENTS}, bool[] wanted) -> Tensor[]",
+    "(Tensor grad_reduced, Tensor grad_rows, Tensor reduced, Tensor kept, Tensor extremes, "
+    f"{_ARGUMENTS}, bool[] wanted) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -63,8 +87,10 @@ _backward_op = library.define(
 
 def _save(ctx, inputs, output):
     tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed = inputs
+    reduced, _, kept, extremes = output
     ctx.counts = len(tensors), len(indices)
-    ctx.save_for_backward(*tensors, *indices, ptr, seed)
+    ctx.mark_non_differentiable(kept, extremes)
+    ctx.save_for_backward(*tensors, *indices, ptr, seed, reduced, kept, extremes)
 
 
 def _saved(ctx):
@@ -74,42 +100,32 @@ def _saved(ctx):
     return list(saved[:num_tensors]), list(saved[num_tensors:split]), *saved[split:]
 
 
-def _first_order(ctx, grad_sums, grad_rows):
-    tensors, indices, ptr, seed = _saved(ctx)
+def _first_order(ctx, grad_reduced, grad_rows, grad_kept, grad_extremes):
+    tensors, indices, ptr, seed, reduced, kept, extremes = _saved(ctx)
     wanted = list(ctx.needs_input_grad[0])
-    grads = _backward_op(grad_sums, grad_rows, tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed, wanted)
+    program = (tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed)
+    grads = _backward_op(grad_reduced, grad_rows, reduced, kept, extremes, *program, wanted)
     found = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
     return found, [None] * len(indices), None, None, None, None, None
 
 
 def _save_backward(ctx, inputs, output):
-    grad_sums, grad_rows, tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed, ctx.wanted = inputs
+    grad_reduced, grad_rows, reduced, kept, extremes, tensors, indices, *rest = inputs
+    ctx.bounds, ctx.code, ctx.constants, ptr, seed, ctx.wanted = rest
     ctx.counts = len(tensors), len(indices)
-    ctx.save_for_backward(*tensors, *indices, ptr, seed, grad_sums, grad_rows)
+    ctx.save_for_backward(*tensors, *indices, ptr, seed, reduced, kept, extremes, grad_reduced, grad_rows)
 
 
 def _second_order(ctx, cotangents):
-    tensors, indices, ptr, seed, grad_sums, grad_rows = _saved(ctx)
+    tensors, indices, ptr, seed, reduced, kept, extremes, grad_reduced, grad_rows = _saved(ctx)
 
-    def formula(grad_sums, grad_rows, *tensors):
-        return tuple(
-            backward_formula(
-                grad_sums,
-                grad_rows,
-                tensors,
-                indices,
-                ctx.bounds,
-                ctx.code,
-                ctx.constants,
-                ptr,
-                seed,
-                ctx.wanted,
-            )
-        )
+    def formula(grad_reduced, grad_rows, *tensors):
+        program = (tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed)
+        return tuple(backward_formula(grad_reduced, grad_rows, reduced, kept, extremes, *program, ctx.wanted))
 
-    needed = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[2]]
-    grads = library.gradients_through(formula, (grad_sums, grad_rows, *tensors), needed, cotangents)
-    return grads[0], grads[1], grads[2:], [None] * len(indices), None, None, None, None, None, None
+    needed = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5]]
+    grads = library.gradients_through(formula, (grad_reduced, grad_rows, *tensors), needed, cotangents)
+    return *grads[:2], None, None, None, grads[2:], [None] * len(indices), *[None] * 6
 
 
 library.register_autograd("row_program", _first_order, _save)
@@ -131,7 +147,7 @@ class SectionWriter:
         self.code: list[int] = []
         self.constants: list[float] = []
         self.count = 0
-        self.sums = self.written = -1
+        self.reduction, self.reduced, self.logits, self.written = "none", -1, -1, -1
 
     def _step(self, op, width, a=None, b=None, tensors=(), index=None, activation="identity", p0=0.0, p1=0.0) -> Value:
         numbers = [-1 if t is None else self.program.tensor(t) for t in tensors]
@@ -197,9 +213,24 @@ class SectionWriter:
     def concat(self, a: Value, b: Value) -> Value:
         return self._step("concat", a.width + b.width, a, b)
 
+    def head_dot(self, a: Value, b: Value, heads: int, scale: float) -> Value:
+        """``scale * <a, b>`` per head, [*, heads]."""
+        return self._step("head_dot", heads, a, b, p0=scale, p1=heads)
+
     def add_up(self, value: Value) -> None:
         """This value is added up per segment."""
-        self.sums = value.number
+        self.reduction, self.reduced = "sum", value.number
+
+    def summarize(self, value: Value) -> None:
+        """Of this value each segment gets mean, variance, minimum and maximum, side by side; 0 without rows.
+
+        Ties of the extremes give the gradient to the first row.
+        """
+        self.reduction, self.reduced = "statistics", value.number
+
+    def attend(self, value: Value, logits: Value) -> None:
+        """This value is added up per segment, each head weighted by the segment's softmax of its logit."""
+        self.reduction, self.reduced, self.logits = "attention", value.number, logits.number
 
     def write(self, value: Value) -> None:
         """This value's rows are written."""
@@ -207,7 +238,7 @@ class SectionWriter:
 
 
 class RowProgram:
-    """A program over rows in consecutive sections; `run` gives sums per segment, and rows.
+    """A program over rows in consecutive sections; `run` gives what is reduced per segment, and rows.
 
     Sections that write rows have to come first. A dropout draws its seed from PyTorch's generator when the program
     runs.
@@ -248,8 +279,8 @@ class RowProgram:
         return self.masks - 1
 
     def run(self, ptr: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(sums [S, d], rows [R', d']); of no size where no section has them. ptr: int64 [S + 1]."""
-        return torch.ops.scalegmn_fast.row_program(*self.arguments(ptr))
+        """(what is reduced [S, d], rows [R', d']); of no size where no section has them. ptr: int64 [S + 1]."""
+        return torch.ops.scalegmn_fast.row_program(*self.arguments(ptr))[:2]
 
     def arguments(self, ptr: Tensor | None = None) -> tuple:
         """The arguments of the op."""
@@ -258,19 +289,20 @@ class RowProgram:
         constants: list[float] = []
         for section in self.sections:
             bounds.append(bounds[-1] + section.rows)
-            code += [section.count, section.sums, section.written, *section.code]
+            code += [section.count, section.written, REDUCTIONS.index(section.reduction)]
+            code += [section.reduced, section.logits, *section.code]
             constants += section.constants
         seed = torch.randint(0, 2**32, (2,)) if self.masks else None
         return self.tensors, self.indices, bounds, code, constants, ptr, seed
 
 
 def row_program(program: RowProgram, ptr: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Runs a program: sums [S, d] of one result per segment, and rows [R', d'] of another.
+    """Runs a program: one result reduced per segment, [S, d], and rows [R', d'] of another.
 
     Args:
         program: what to compute; its tensors are float32, bfloat16, float16 or float64 on one device.
         ptr: int64 [S + 1], nondecreasing from 0 to the number of rows: the rows of each segment; None if nothing is
-            added up.
+            reduced. Sections with statistics or attention consist of whole segments.
     Returns:
         The results, of no size where no section has them, in the promoted dtype of the tables that are loaded. Computed
         in float32, in float64 if a tensor is float64; products with a bfloat16 weight are of bfloat16 rows, added up in

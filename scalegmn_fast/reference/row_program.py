@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalegmn_fast.reference.symmetrize import ACTIVATIONS, LAYER_NORM_EPS, symmetrize_forward
+from scalegmn_fast.reference.segment_reduce import segment_reduce
+from scalegmn_fast.reference.symmetrize import ACTIVATIONS as SYMMETRIC_ACTIVATIONS
+from scalegmn_fast.reference.symmetrize import LAYER_NORM_EPS, symmetrize_forward
 
 # The numbers of the operations in a program's code; csrc/cpu/row_program.h says what they compute.
 OPERATIONS = (
@@ -26,9 +28,13 @@ OPERATIONS = (
     "normalize",
     "dropout",
     "concat",
+    "head_dot",
 )
+REDUCTIONS = ("none", "sum", "statistics", "attention")
 LOADS = ("load", "load_mul", "load_add", "scale")
-STEP_NUMBERS = 8
+SECTION_NUMBERS, STEP_NUMBERS = 5, 8
+# name: act(y, w0)
+ACTIVATIONS = {name: pair[0] for name, pair in SYMMETRIC_ACTIVATIONS.items()} | {"gelu": lambda y, w0: F.gelu(y)}
 
 
 class Step(NamedTuple):
@@ -47,12 +53,14 @@ class Step(NamedTuple):
 
 
 class Section(NamedTuple):
-    """The program of rows [begin, end): its steps, the one added up per segment, and the one that is written."""
+    """The program of rows [begin, end): its steps, the one that is written, the one that is reduced, and its logits."""
 
     begin: int
     end: int
-    sums: int
     rows: int
+    reduction: str
+    reduced: int
+    logits: int
     steps: list[Step]
 
 
@@ -60,15 +68,15 @@ def sections(bounds: Sequence[int], code: Sequence[int], constants: Sequence[flo
     """The sections that bounds, code and constants describe (csrc/ops/row_program.h)."""
     at = step_at = 0
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-        count, sums, rows = code[at : at + 3]
-        at += 3
+        count, rows, reduction, reduced, logits = code[at : at + SECTION_NUMBERS]
+        at += SECTION_NUMBERS
         steps = []
         for _ in range(count):
             op, *numbers = code[at : at + STEP_NUMBERS]
             steps.append(Step(OPERATIONS[op], *numbers, *constants[2 * step_at : 2 * step_at + 2]))
             at += STEP_NUMBERS
             step_at += 1
-        yield Section(begin, end, sums, rows, steps)
+        yield Section(begin, end, rows, REDUCTIONS[reduction], reduced, logits, steps)
 
 
 def result_dtype(tensors: Sequence[Tensor], code: Sequence[int], num_sections: int) -> torch.dtype:
@@ -76,7 +84,7 @@ def result_dtype(tensors: Sequence[Tensor], code: Sequence[int], num_sections: i
     at, result = 0, None
     for _ in range(num_sections):
         count = code[at]
-        at += 3
+        at += SECTION_NUMBERS
         for _ in range(count):
             if OPERATIONS[code[at]] in LOADS:
                 dtype = tensors[code[at + 3]].dtype
@@ -95,6 +103,8 @@ def widths(tensors: Sequence[Tensor], section: Section) -> list[int]:
             found.append(tensors[step.t0].shape[0])
         elif step.op == "concat":
             found.append(found[step.a] + found[step.b])
+        elif step.op == "head_dot":
+            found.append(int(step.p1))
         else:
             found.append(found[step.a])
     return found
@@ -155,7 +165,7 @@ def _run(section: Section, tensors: Sequence[Tensor], indices: Sequence[Tensor],
             case "norm_act":
                 if step.t1 >= 0:
                     a = F.layer_norm(a, a.shape[-1:], tensors[step.t1], tensors[step.t2], LAYER_NORM_EPS)
-                out = ACTIVATIONS[names[step.activation]][0](a, step.p0)
+                out = ACTIVATIONS[names[step.activation]](a, step.p0)
             case "abs":
                 out = a.abs()
             case "normalize":
@@ -165,8 +175,71 @@ def _run(section: Section, tensors: Sequence[Tensor], indices: Sequence[Tensor],
                 out = torch.where(kept, a / (1 - step.p0), torch.zeros_like(a))
             case "concat":
                 out = torch.cat([a, values[step.b]], dim=1)
+            case "head_dot":
+                out = step.p0 * (a * values[step.b]).unflatten(1, (int(step.p1), -1)).sum(2)
         values.append(out)
     return values
+
+
+def _segment_softmax(logits: Tensor, segment: Tensor, count: int) -> Tensor:
+    """Softmax of logits [R, H] over the rows of each segment; segment int64 [R], their numbers."""
+    index = segment[:, None].expand_as(logits)
+    largest = logits.new_full((count, logits.shape[1]), -torch.inf)
+    largest = largest.scatter_reduce(0, index, logits.detach(), "amax")
+    weights = torch.exp(logits - largest[segment])
+    total = weights.new_zeros(count, logits.shape[1]).index_add(0, segment, weights)
+    return weights / total[segment]
+
+
+def _reduce(reduction: str, values: Tensor, logits: Tensor | None, ptr: Tensor, begin: int) -> Tensor:
+    """[S, width]: rows begin, begin + 1, ... reduced per segment; 0 for segments without rows here."""
+    count, rows = ptr.shape[0] - 1, torch.arange(begin, begin + values.shape[0], device=ptr.device)
+    if reduction == "statistics":
+        moved = (ptr - begin).clamp(0, values.shape[0])
+        return segment_reduce(values, moved, ["mean", "var", "min", "max"]).flatten(1)
+    segment = torch.searchsorted(ptr, rows, right=True) - 1
+    if reduction == "attention":
+        weights = _segment_softmax(logits, segment, count)
+        values = (weights.unsqueeze(2) * values.unflatten(1, (logits.shape[1], -1))).flatten(1)
+    return values.new_zeros(count, values.shape[1]).index_add(0, segment, values)
+
+
+def row_program_formula(
+    tensors: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    bounds: Sequence[int],
+    code: Sequence[int],
+    constants: Sequence[float],
+    ptr: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What is reduced [S, width] and rows [R', d'], differentiable in the tensors."""
+    dtype = result_dtype(tensors, code, len(bounds) - 1)
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    tensors = [t.to(wide) for t in tensors]
+    empty = torch.empty(0, 0, dtype=wide, device=tensors[0].device)
+    reduced, written = [], []
+    for section in sections(bounds, code, constants):
+        values = _run(section, tensors, indices, seed)
+        if section.reduced >= 0:
+            logits = values[section.logits] if section.logits >= 0 else None
+            reduced.append(_reduce(section.reduction, values[section.reduced], logits, ptr, section.begin))
+        if section.rows >= 0:
+            written.append(values[section.rows])
+    found = sum(reduced[1:], reduced[0]) if reduced else empty
+    rows = torch.cat(written) if written else empty
+    return found.to(dtype, copy=True), rows.to(dtype, copy=True)
+
+
+def kept_sizes(tensors: Sequence[Tensor], bounds, code, constants, ptr: Tensor | None) -> tuple[tuple, tuple]:
+    """Shapes of the two tensors that an engine keeps for its backward (csrc/cpu/row_program.h)."""
+    for section in sections(bounds, code, constants):
+        if section.reduction == "statistics":
+            sizes = (ptr.shape[0] - 1, 2 * widths(tensors, section)[section.reduced])
+            return sizes, sizes
+        if section.reduction == "attention":
+            return (ptr.shape[0] - 1, 2 * widths(tensors, section)[section.logits]), (0,)
+    return (0,), (0,)
 
 
 def row_program_forward(
@@ -177,33 +250,17 @@ def row_program_forward(
     constants: Sequence[float],
     ptr: Tensor | None,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Sums [S, d] and rows [R', d'], with the op's positional signature; differentiable in the tensors."""
-    dtype = result_dtype(tensors, code, len(bounds) - 1)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op's results, with its positional signature; the last two, which only engines read, are 0."""
+    reduced, rows = row_program_formula(tensors, indices, bounds, code, constants, ptr, seed)
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    tensors = [t.to(wide) for t in tensors]
-    empty = torch.empty(0, 0, dtype=wide, device=tensors[0].device)
-    summed, written, adds_up = [], [], False
-    for section in sections(bounds, code, constants):
-        values = _run(section, tensors, indices, seed)
-        if section.sums >= 0:
-            adds_up = True
-            summed.append((section, values[section.sums]))
-        if section.rows >= 0:
-            written.append(values[section.rows])
-    sums = empty
-    if adds_up:
-        sums = empty.new_zeros(ptr.shape[0] - 1, summed[0][1].shape[1])
-        for section, values in summed:
-            rows = torch.arange(section.begin, section.end, device=ptr.device)
-            sums = sums.index_add(0, torch.searchsorted(ptr, rows, right=True) - 1, values)
-    rows = torch.cat(written) if written else empty
-    return sums.to(dtype, copy=True), rows.to(dtype, copy=True)
+    kept, extremes = kept_sizes(tensors, bounds, code, constants, ptr)
+    return reduced, rows, reduced.new_zeros(kept, dtype=wide), reduced.new_zeros(extremes, dtype=torch.int32)
 
 
 def row_program(program, ptr: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`scalegmn_fast.ops.row_program` as a formula, with the same arguments."""
-    return row_program_forward(*program.arguments(ptr))
+    return row_program_formula(*program.arguments(ptr))
 
 
 def _autograd() -> torch._C._ForceDispatchKeyGuard:
@@ -215,8 +272,11 @@ def _autograd() -> torch._C._ForceDispatchKeyGuard:
 
 
 def row_program_backward(
-    grad_sums: Tensor,
+    grad_reduced: Tensor,
     grad_rows: Tensor,
+    reduced: Tensor,
+    kept: Tensor,
+    extremes: Tensor,
     tensors: Sequence[Tensor],
     indices: Sequence[Tensor],
     bounds: Sequence[int],
@@ -226,9 +286,9 @@ def row_program_backward(
     seed: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of <grad_sums, sums> + <grad_rows, rows> for the wanted tensors, empty tensors [0] for the others.
+    """Gradients of <grad_reduced, reduced> + <grad_rows, rows> for the wanted tensors, [0] for the others.
 
-    Autograd through the formula; differentiable again where grad mode is on.
+    What the forward kept is not read. Autograd through the formula; differentiable again where grad mode is on.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), _autograd():
@@ -236,8 +296,8 @@ def row_program_backward(
             (t.view_as(t) if create_graph and t.requires_grad else t.detach().requires_grad_()) if want else t.detach()
             for t, want in zip(tensors, wanted, strict=True)
         ]
-        outputs = row_program_forward(inputs, indices, bounds, code, constants, ptr, seed)
-        pairs = [(out, g) for out, g in zip(outputs, (grad_sums, grad_rows), strict=True) if out.requires_grad]
+        outputs = row_program_formula(inputs, indices, bounds, code, constants, ptr, seed)
+        pairs = [(out, g) for out, g in zip(outputs, (grad_reduced, grad_rows), strict=True) if out.requires_grad]
         leaves = [t for t, want in zip(inputs, wanted, strict=True) if want]
         if pairs:
             found = torch.autograd.grad(
