@@ -1,6 +1,8 @@
 """Graphs of networks: neurons as nodes, weights as edges, in the order in which they are computed."""
 
+from .architecture import Architecture
 from .batch import GraphBatch
+from .cnns import from_cnns
 from .plan import GraphPlan
 
-__all__ = ["GraphBatch", "GraphPlan"]
+__all__ = ["Architecture", "GraphBatch", "GraphPlan", "from_cnns"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .architecture import Architecture, table_row
 from .plan import GraphPlan, merge_slices
 
 SYMMETRIES = ("sign", "scale", "hetero", "permutation")
@@ -58,6 +59,8 @@ class GraphBatch:
         sign_mask: bool [N] or None; for ``hetero`` models, True where a neuron has the sign symmetry, else scale.
         symmetry: the symmetry that all networks of the batch have, "sign", "scale", "hetero" or "permutation"; None if
             their activations are not known (only `from_modules` can read them).
+        architectures: per graph an `Architecture` or None, for models of varying architectures; None if nothing is
+            known of any.
 
     Gradients flow from the features back to the tensors they were built from. Pickles hold nothing that is derived. A
     pytree of its tensors over the plan: `torch.export` of a model makes a program for batches of that plan.
@@ -71,6 +74,7 @@ class GraphBatch:
         sign_mask: Tensor | None = None,
         *,
         symmetry: str | None = None,
+        architectures: Sequence[Architecture | None] | None = None,
     ):
         for name, value, rows in (
             ("node_features", node_features, plan.num_nodes),
@@ -96,8 +100,14 @@ class GraphBatch:
         if symmetry is not None and symmetry not in SYMMETRIES:
             raise ValueError(f"symmetry must be one of {', '.join(SYMMETRIES)} or None, got {symmetry!r}")
         self.node_features, self.edge_features = node_features, edge_features
+        if architectures is not None and len(architectures) != plan.num_graphs:
+            raise ValueError(
+                f"architectures must have one entry per graph, {plan.num_graphs}, got {len(architectures)}"
+            )
         self.plan, self.sign_mask, self.symmetry = plan, sign_mask, symmetry
+        self.architectures = None if architectures is None else tuple(architectures)
         self._splits: dict[str, RowSplit] = {}
+        self._tables: dict[str, Tensor] = {}
 
     num_graphs = property(lambda self: self.plan.num_graphs)
     num_nodes = property(lambda self: self.plan.num_nodes)
@@ -112,7 +122,7 @@ class GraphBatch:
         return f"GraphBatch({layouts}; {shapes}, {self.dtype}, {self.device})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_splits": {}}
+        return {**self.__dict__, "_splits": {}, "_tables": {}}
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -297,7 +307,7 @@ class GraphBatch:
         nodes = torch.cat([batches[part].node_features[rows] for part, rows in node_slices])
         edges = torch.cat([batches[part].edge_features[rows] for part, rows in edge_slices])
         mask = torch.cat([batches[part].sign_mask[rows] for part, rows in node_slices]) if all(masked) else None
-        return cls(nodes, edges, plan, mask, symmetry=symmetry)
+        return cls(nodes, edges, plan, mask, symmetry=symmetry, architectures=_joint_architectures(batches))
 
     # -- reading back ------------------------------------------------------------------------------------------------
 
@@ -331,7 +341,14 @@ class GraphBatch:
 
     def with_features(self, node_features: Tensor, edge_features: Tensor) -> GraphBatch:
         """The same graphs with other features."""
-        return GraphBatch(node_features, edge_features, self.plan, self.sign_mask, symmetry=self.symmetry)
+        return GraphBatch(
+            node_features,
+            edge_features,
+            self.plan,
+            self.sign_mask,
+            symmetry=self.symmetry,
+            architectures=self.architectures,
+        )
 
     # -- moving ------------------------------------------------------------------------------------------------------
 
@@ -360,11 +377,13 @@ class GraphBatch:
             self.plan.to(device),
             None if self.sign_mask is None else self.sign_mask.to(device, non_blocking=non_blocking),
             symmetry=self.symmetry,
+            architectures=self.architectures,
         )
         if self.sign_mask is not None and self.device.type == "cpu" and device.type != "cpu":
             for rows in SPLITS:
                 self.sign_split(rows)
         moved._splits = {rows: split.to(device, non_blocking=non_blocking) for rows, split in self._splits.items()}
+        moved._tables = {name: table.to(device, non_blocking=non_blocking) for name, table in self._tables.items()}
         return moved
 
     def pin_memory(self) -> GraphBatch:
@@ -376,7 +395,24 @@ class GraphBatch:
         plan = self.plan.pin_memory()
         mask = None if self.sign_mask is None else self.sign_mask.pin_memory()
         nodes, edges = self.node_features.pin_memory(), self.edge_features.pin_memory()
-        return GraphBatch(nodes, edges, plan, mask, symmetry=self.symmetry)
+        return GraphBatch(nodes, edges, plan, mask, symmetry=self.symmetry, architectures=self.architectures)
+
+    # -- architectures -----------------------------------------------------------------------------------------------
+
+    def architecture_table(self, name: str) -> Tensor:
+        """int64 [B, L] of what `architectures` say, made once per batch; L counts the neurons' layers of the deepest.
+
+        Args:
+            name: "activations", per layer of neurons the number of its activation in `ACTIVATION_NAMES`; "linear", per
+                layer of neurons 1 if the weights into it are a linear layer's; "channels", the channels that the
+                neurons of a layer repeat (``repeat_nodes``). -1 where unknown or not applicable.
+        """
+        if name not in self._tables:
+            depth = self.plan.max_layer + 1
+            entries, widths = self.architectures or (None,) * self.num_graphs, self.plan.layer_widths()
+            rows = [table_row(name, entry, depth, layers) for entry, layers in zip(entries, widths, strict=True)]
+            self._tables[name] = torch.tensor(rows, device=self.device)
+        return self._tables[name]
 
     # -- partition of a hetero batch ---------------------------------------------------------------------------------
 
@@ -423,6 +459,12 @@ def _joint_symmetry(found: list[str | None]) -> str | None:
     if None in kinds:
         return None
     return "permutation" if "permutation" in kinds else "hetero"
+
+
+def _joint_architectures(batches: list[GraphBatch]) -> list[Architecture | None] | None:
+    if all(batch.architectures is None for batch in batches):
+        return None
+    return [entry for batch in batches for entry in batch.architectures or (None,) * batch.num_graphs]
 
 
 def _split(rows: Tensor, slices, parts: int) -> list[Tensor]:
@@ -502,7 +544,7 @@ def _plan_sign_mask(mask: Tensor | None, plan: GraphPlan, layout: tuple[int, ...
 
 def _flatten(batch: GraphBatch):
     children = [batch.node_features, batch.edge_features, batch.sign_mask]
-    return children, (batch.plan, batch.symmetry)
+    return children, (batch.plan, batch.symmetry, batch.architectures)
 
 
 def _flatten_with_keys(batch: GraphBatch):
@@ -514,8 +556,8 @@ def _flatten_with_keys(batch: GraphBatch):
 def _unflatten(children, context) -> GraphBatch:
     batch = object.__new__(GraphBatch)  # a pytree's leaves may be anything, so no checks
     batch.node_features, batch.edge_features, batch.sign_mask = children
-    batch.plan, batch.symmetry = context
-    batch._splits = {}
+    batch.plan, batch.symmetry, batch.architectures = context
+    batch._splits, batch._tables = {}, {}
     return batch
 
 

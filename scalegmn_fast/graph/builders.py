@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .architecture import Architecture
 from .batch import GraphBatch
 
 LINEAR_TAPS = ("centre", "first")
@@ -331,7 +332,9 @@ def _build(
             mask = mask.squeeze(1) if size == 1 else mask
         batches.append(GraphBatch.from_weights(weights, biases, input_value=value, sign_mask=mask))
         position += len(run)
-    return GraphBatch.cat(batches)
+    batch = GraphBatch.cat(batches)
+    batch.architectures = tuple(Architecture(tuple(w.ndim == 4 for w in network.weights)) for network in networks)
+    return batch
 
 
 # -- live modules ----------------------------------------------------------------------------------------------------

@@ -181,6 +181,18 @@ class GraphPlan:
         types = torch.where(into_last, output, inner)
         return torch.where(from_first, position[source], types)
 
+    def layer_widths(self) -> tuple[tuple[int, ...], ...]:
+        """Nodes of each layer of each graph; 0 for layers that a graph does not have."""
+        return self._cached("layer_widths", self._layer_widths)
+
+    def _layer_widths(self) -> tuple[tuple[int, ...], ...]:
+        layers = self.max_layer + 1
+        if self._is_dense():
+            return tuple((*layout, *(0,) * (layers - len(layout))) for layout in self.layouts)
+        key = self.index("node_graph") * layers + self.index("node_layer")
+        counts = torch.bincount(key, minlength=self.num_graphs * layers).reshape(-1, layers)
+        return tuple(map(tuple, counts.tolist()))
+
     def index(self, name: str) -> Tensor:
         """int64 copy of an index tensor, cached (PyTorch's own gathers want int64)."""
         return self._cached(("index", name), lambda: getattr(self, name).long())

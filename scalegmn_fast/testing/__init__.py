@@ -5,6 +5,7 @@ Needs torch and numpy alone.
 
 from scalegmn_fast.testing.cases import (
     random_biases,
+    random_cnn,
     random_config,
     random_layout,
     random_network,
@@ -38,6 +39,7 @@ __all__ = [
     "nan_poisoned",
     "permute_hidden",
     "random_biases",
+    "random_cnn",
     "random_config",
     "random_group_element",
     "random_layout",

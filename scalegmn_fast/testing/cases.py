@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "random_biases",
+    "random_cnn",
     "random_config",
     "random_layout",
     "random_network",
@@ -71,6 +72,43 @@ def random_network(
     """(weights, biases) of ``batch`` networks: :func:`random_weights`, then :func:`random_biases`."""
     options = {"generator": generator, "dtype": dtype, "device": device}
     return random_weights(layout, batch, d_e=d_e, **options), random_biases(layout, batch, **options)
+
+
+def random_cnn(
+    channels: Sequence[int],
+    linear: Sequence[int],
+    *,
+    kernels: Sequence[int] | None = None,
+    pixels: int = 1,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """State dict of a convolutional network: convolutions from ``channels[0]`` on, then linear layers.
+
+    Args:
+        channels: input channels, then those after each convolution.
+        linear: neurons after each linear layer.
+        kernels: sides of the kernels; 3 if None.
+        pixels: how many pixels of each channel the first linear layer reads.
+    """
+    state, layer = {}, 0
+
+    def add(*shape: int) -> None:
+        nonlocal layer
+        fan_in = 1
+        for size in shape[1:]:
+            fan_in *= size
+        weight = torch.randn(shape, generator=generator, dtype=torch.float64) / fan_in**0.5
+        state[f"{layer}.weight"] = weight.to(dtype)
+        state[f"{layer}.bias"] = torch.randn(shape[0], generator=generator, dtype=torch.float64).to(dtype)
+        layer += 1
+
+    sides = kernels or [3] * (len(channels) - 1)
+    for (n_in, n_out), side in zip(pairwise(channels), sides, strict=True):
+        add(n_out, n_in, side, side)
+    for n_in, n_out in pairwise([channels[-1] * pixels, *linear]):
+        add(n_out, n_in)
+    return state
 
 
 def random_sign_mask(

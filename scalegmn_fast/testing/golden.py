@@ -19,7 +19,8 @@ class GoldenVector:
     """One run of the original model, all tensors float64 (counters int64) on the CPU.
 
     ``outputs`` is one tensor for an invariant head, the new weights followed by the new biases for an equivariant one.
-    Gradients are those of ``sum(<output, cotangent>)``; parameters that the original never uses have none.
+    Gradients are those of ``sum(<output, cotangent>)``; parameters that the original never uses have none. Vectors of
+    Neural Graphs have no sign mask and the input value 0.
     """
 
     config: dict[str, Any]
@@ -27,7 +28,7 @@ class GoldenVector:
     weights: list[Tensor]
     biases: list[Tensor]
     input_value: float
-    sign_mask: Tensor
+    sign_mask: Tensor | None
     outputs: list[Tensor]
     cotangents: list[Tensor]
     weight_grads: list[Tensor]
@@ -66,8 +67,8 @@ def load_vector(path: str | PathLike[str]) -> GoldenVector:
         state=named("state"),
         weights=numbered("weights"),
         biases=numbered("biases"),
-        input_value=float(take("input_node_value")),
-        sign_mask=torch.from_numpy(take("sign_mask")),
+        input_value=float(arrays.get("input_node_value", 0.0)),
+        sign_mask=torch.from_numpy(arrays["sign_mask"]) if "sign_mask" in arrays else None,
         outputs=numbered("out"),
         cotangents=numbered("cotangent"),
         weight_grads=numbered("grad_weights"),

@@ -1,0 +1,222 @@
+"""Rounds of the Neural Graphs networks as row programs.
+
+What a round reads of its edges and the update that makes those edges are one program: messages, logits, values and the
+layers of the edge mlps stay in the cache. In memory are edge features of one round at a time, node rows, and what the
+reductions keep per node.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from ..graph.pairs import NodePairs, RowPairs
+from ..ops.row_program import RowProgram, SectionWriter
+from .rows import GatheredRows, TracedRows, add, concat, dropout, linear, multiply, norm_act
+
+#: Activations that programs have under the name that Neural Graphs configurations give them.
+ACTIVATIONS = ("identity", "relu", "elu", "silu", "gelu", "tanh", "sigmoid")
+
+
+def serves(x: Tensor) -> bool:
+    """Whether an engine of `row_program` runs programs on tensors like x."""
+    return backends.serves("cpp", "row_program", x)
+
+
+def _activated(rows: TracedRows, name: str) -> TracedRows:
+    return norm_act(rows, None, name, 1.0)
+
+
+# -- messages of the graph network ------------------------------------------------------------------------------------
+
+
+def edge_mlp(e: TracedRows, module, x: Tensor, source: Tensor, target: Tensor) -> TracedRows:
+    """`EdgeUpdateMlp` on the rows of a section."""
+    hidden = linear(e, module.lin_e.weight, module.lin_e.bias)
+    for layer, index in ((module.lin_s, source), (module.lin_t, target)):
+        hidden = add(hidden, e._replace(form=GatheredRows(F.linear(x, layer.weight, layer.bias), index)))
+    return linear(_activated(hidden, module.act), module.lin1.weight, module.lin1.bias)
+
+
+def message_statistics(
+    conv, x: Tensor, e: Tensor, edges, to_target: Tensor, to_source: Tensor, rows: int, update, writes: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(statistics [rows, 4 F] of the messages per receiver, updated edges [M, d_e] or None) of a `PnaConv`.
+
+    Args:
+        conv: the `PnaConv`, of one tower.
+        x: node features [N, F] that ``update`` reads.
+        e: [M, d_e], of the messages into the first ``rows`` nodes.
+        edges: `MessageEdges`.
+        to_target, to_source: the halves of the first map of ``pre``, on nodes.
+        update: `EdgeUpdateMlp` that the edges pass first, or None.
+        writes: whether updated edges are returned.
+    """
+    program = RowProgram()
+    section = program.section(e.shape[0])
+    read = TracedRows(section, section.load(e))
+    if update is not None:
+        read = edge_mlp(read, update, x, edges.source, edges.target)
+        if writes:
+            section.write(read.value())
+    width, (weight, bias) = conv.width, (conv.edge_encoder.weight, conv.edge_encoder.bias)
+    first, *others = conv.linear_maps(0)
+    h = read._replace(form=GatheredRows(to_target, edges.target))
+    h = add(h, h._replace(form=GatheredRows(to_source, edges.source)))
+    if conv.modulation == "concat":
+        maps = first[0][:, 2 * width :]
+        h = add(h, linear(read, maps @ weight, F.linear(bias, maps)))
+    for layer in others:
+        h = linear(_activated(h, "relu"), *layer)
+    if conv.modulation != "concat":
+        scale = linear(read, weight[:width], bias[:width])
+        if conv.modulation == "gate":
+            h = multiply(_activated(scale, "sigmoid"), h)
+        else:
+            h = add(multiply(scale, h), linear(read, weight[width:], bias[width:]))
+    section.summarize(h.value())
+    statistics, written = program.run(edges.ptr[: rows + 1].long())
+    return statistics, written if update is not None and writes else None
+
+
+# -- attention over pairs ---------------------------------------------------------------------------------------------
+
+
+class PairRows(NamedTuple):
+    """The pairs (i, j) of a program.
+
+    Attributes:
+        ptr: int64 [R + 1], the pairs of each i that attends.
+        attending: int64 [P], place of i among those that attend.
+        row, column: int64 [P], i and j among all nodes.
+        number, reverse: int64 [P], of the pair and of (j, i) among all pairs; number None: its own.
+    """
+
+    ptr: Tensor
+    attending: Tensor
+    row: Tensor
+    column: Tensor
+    number: Tensor | None
+    reverse: Tensor
+
+
+def program_pairs(pairs: NodePairs, rows: RowPairs | None = None) -> PairRows:
+    """All pairs, or those of some nodes i."""
+    if rows is None:
+        return PairRows(pairs.ptr.long(), pairs.row, pairs.row, pairs.column, None, pairs.reverse)
+    ptr = torch.searchsorted(rows.row, torch.arange(rows.nodes.shape[0] + 1, device=rows.row.device))
+    return PairRows(ptr, rows.row, rows.nodes[rows.row], rows.column, rows.pair, pairs.reverse[rows.pair])
+
+
+class PairFeatures(NamedTuple):
+    """Edge features of all pairs, with an update that they have yet to pass.
+
+    Attributes:
+        e: [P, d_e], or rows of a table, as the first layer's are: equal ones are stored once.
+        update: `PairUpdate` or None; x: the node features that it reads.
+    """
+
+    e: Tensor | GatheredRows
+    update: object = None
+    x: Tensor | None = None
+
+    def dense(self, pairs: NodePairs) -> Tensor:
+        """[P, d_e], updated and written out."""
+        if self.update is not None and serves(self.x):
+            return self._written(program_pairs(pairs))
+        e = self.e if isinstance(self.e, Tensor) else self.e.table[self.e.index]
+        return e if self.update is None else self.update(self.x, e, pairs)
+
+    def _written(self, pairs: PairRows) -> Tensor:
+        program = RowProgram()
+        section = program.section(pairs.row.shape[0])
+        section.write(self.trace(section, pairs).value())
+        return program.run()[1]
+
+    def _read(self, section: SectionWriter, number: Tensor | None) -> TracedRows:
+        if isinstance(self.e, GatheredRows):
+            index = self.e.index if number is None else self.e.index[number]
+            return TracedRows(section, GatheredRows(self.e.table, index))
+        return TracedRows(section, section.load(self.e, number))
+
+    def trace(self, section: SectionWriter, pairs: PairRows) -> TracedRows:
+        """The features, updated, on the rows of a section."""
+        own = self._read(section, pairs.number)
+        if self.update is None:
+            return own
+        return pair_update(own, self._read(section, pairs.reverse), self.update, self.x, pairs)
+
+
+def pair_update(own: TracedRows, back: TracedRows, module, x: Tensor, pairs: PairRows) -> TracedRows:
+    """`PairUpdate` on the rows of a section; ``back``: the features of (j, i)."""
+    first, training = module.edge_mlp0, module.training
+    weight, bias = first.lin0_e.weight, first.lin0_e.bias
+    if isinstance(own.form, GatheredRows):
+        forth_map, back_map = weight.chunk(2, dim=1)
+        hidden = add(linear(own, forth_map, bias), linear(back, back_map))
+    else:
+        hidden = linear(concat([own, back]), weight, bias)
+    for layer, index in ((first.lin0_s, pairs.row), (first.lin0_t, pairs.column)):
+        hidden = add(hidden, own._replace(form=GatheredRows(F.linear(x, layer.weight, layer.bias), index)))
+    updated = linear(_activated(hidden, "gelu"), first.lin1.weight, first.lin1.bias)
+    e = _normed(add(dropout(updated, first.dropout, training), own), module.eln0)
+    second = module.edge_mlp1
+    hidden = _activated(linear(e, second[0].weight), "gelu")
+    updated = dropout(linear(hidden, second[2].weight, second[2].bias), second[3].p, training)
+    return _normed(add(e, updated), module.eln1)
+
+
+def _normed(rows: TracedRows, norm) -> TracedRows:
+    return norm_act(rows, norm if isinstance(norm, torch.nn.LayerNorm) else None, "identity", 1.0)
+
+
+def attention(
+    module, q: Tensor, k: Tensor, v: Tensor, features: PairFeatures, pairs: PairRows, writes: bool
+) -> tuple[Tensor, PairFeatures]:
+    """(attended [R, d], the pairs' features) of a `RelationalAttention`; q [R, d], k and v [N, d], head by head.
+
+    With ``writes`` features that had an update to pass have passed it.
+    """
+    program = RowProgram()
+    section = program.section(pairs.row.shape[0])
+    e = features.trace(section, pairs)
+    written = writes and features.update is not None
+    if written:
+        section.write(e.value())
+    heads, width = module.n_heads, q.shape[1]
+    maps = module.qkv_edge.weight.unflatten(0, (heads, -1, width // heads)).unbind(1)
+    parts = [linear(e, part.flatten(0, 1)) for part in maps]
+    query = add(parts[0], e._replace(form=GatheredRows(q, pairs.attending)))
+    key = add(parts[1], e._replace(form=GatheredRows(k, pairs.column)))
+    values = e._replace(form=GatheredRows(v, pairs.column))
+    value = add(multiply(parts[3], values), parts[2]) if len(parts) == 4 else add(parts[2], values)
+    section.attend(value.value(), section.head_dot(query.value(), key.value(), heads, module.scale))
+    attended, rows = program.run(pairs.ptr)
+    return attended, PairFeatures(rows) if written else features
+
+
+# -- input features ---------------------------------------------------------------------------------------------------
+
+
+def projected(modules, rows: Tensor) -> Tensor:
+    """A chain of `FourierFeatures`, Linear and SiLU modules on rows [R, d]; the frequencies are never written out."""
+    program = RowProgram()
+    section = program.section(rows.shape[0])
+    traced = TracedRows(section, section.load(rows))
+    for module in modules:
+        if isinstance(module, torch.nn.Linear):
+            traced = linear(traced, module.weight, module.bias)
+        elif isinstance(module, torch.nn.SiLU):
+            traced = _activated(traced, "silu")
+        else:  # cos(y) = sin(y + pi / 2)
+            angles = 2 * math.pi * module.b
+            quarter = angles.new_full((2, angles.shape[0]), math.pi / 2)
+            quarter[1] = 0
+            traced = _activated(linear(traced, angles.repeat(2, 1), quarter.flatten()), "sine")
+    section.write(traced.value())
+    return program.run()[1]
