@@ -516,21 +516,26 @@ struct TableGrad {
   const Tile<A>& t;
   const RowStep& step;
   A* to;
-  int64_t first;
+  int64_t first = 0;
+  const int32_t* local = nullptr;
 
-  TableGrad(const Tile<A>& t, const RowStep& step) : t(t), step(step), to(nullptr), first(0) {
-    const RowTable& table = t.args.tables[step.table];
-    if (table.direct) {
-      to = static_cast<A*>(table.grad);
-    } else {
-      to = static_cast<A*>(t.partition.scatters[step.table].to);
-      first = t.partition.scatters[step.table].first;
+  TableGrad(const Tile<A>& t, const RowStep& step) : t(t), step(step) {
+    if (step.use < 0) {
+      to = static_cast<A*>(t.args.tables[step.table].grad);
+      return;
     }
+    const RowScatter& scatter = t.partition.scatters[step.use];
+    to = static_cast<A*>(scatter.to);
+    first = scatter.first;
+    local = scatter.local;
   }
 
   A* row(int64_t r) const {
-    const int64_t at = step.index < 0 ? t.first + r : index_at(t.args.indices[step.index], t.first + r);
-    return to + (at - first) * t.args.tables[step.table].width;
+    const int64_t row = t.first + r;
+    const int64_t at = local != nullptr ? local[row - t.partition.begin]
+                       : step.use < 0   ? row
+                                        : index_at(t.args.indices[step.index], row) - first;
+    return to + at * t.args.tables[step.table].width;
   }
 };
 

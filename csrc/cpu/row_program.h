@@ -42,6 +42,7 @@ struct RowStep {
   RowOp op;
   int a, b;           // steps read; -1: none
   int table, index;   // -1: none
+  int use;            // of the table by the index, among all such pairs; -1: none
   Activation activation;
   int64_t width;      // of the result
   int64_t in_width;   // of a
@@ -78,10 +79,12 @@ struct RowIndex {
   bool wide;
 };
 
-// Where a partition adds the gradients of a table that is read through an index: rows [first, first + rows).
+// Where a partition adds the gradients of a table's rows that it reads through an index: Wide [*, width] for the rows
+// from `first` on, or, with `local`, for the rows that occur: local[r] is the place of the partition's row r.
 struct RowScatter {
-  void* to;  // Wide [rows, width]
+  void* to;  // null: not wanted
   int64_t first;
+  const int32_t* local;
 };
 
 // The program of a range of rows.
@@ -128,7 +131,7 @@ struct RowPartition {
   void* head;           // forward: Wide [width], the sum of the first segment if it began before this partition (other
                         // reductions have no such segments)
   void* parameters;     // backward: Wide, gradients of parameters
-  const RowScatter* scatters;  // backward: per table
+  const RowScatter* scatters;  // backward: per use
 };
 
 SCALEGMN_DECLARE_CPU(row_program_run, const RowProgramArgs& args, const RowPartition& partition)

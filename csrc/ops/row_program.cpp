@@ -192,6 +192,7 @@ class Program {
   std::vector<RowIndex> index_views_;
   std::vector<std::pair<int64_t, bool>> table_keys_;  // tensor, direct
   std::vector<RowTable> tables_;
+  std::vector<std::pair<int, int>> uses_;  // table, index
   at::Tensor ptr_;
   RowProgramArgs args_{};
   std::vector<RowPartition> partitions_;
@@ -234,6 +235,31 @@ class Program {
     return {low, high};
   }
 
+  // The rows that an index names in a partition: all from `first` on, or those that occur, in order, with the place of
+  // each entry's row among them, where the others are many.
+  struct IndexRows {
+    int64_t first = 0, count = 0;
+    std::vector<int32_t> local;
+    std::vector<int64_t> occurring;
+  };
+
+  IndexRows index_rows(int index, int64_t begin, int64_t end) const {
+    const auto [low, high] = index_range(index, begin, end);
+    IndexRows found{low, high - low + 1, {}, {}};
+    if (found.count <= 2 * (end - begin)) return found;
+    std::vector<int32_t> place(size_t(found.count), 0);
+    for (int64_t row = begin; row < end; ++row) place[index_value(index, row) - low] = 1;
+    for (int64_t i = 0; i < int64_t(place.size()); ++i) {
+      if (place[i] == 0) continue;
+      place[i] = int32_t(found.occurring.size());
+      found.occurring.push_back(low + i);
+    }
+    found.local.resize(size_t(end - begin));
+    for (int64_t row = begin; row < end; ++row) found.local[row - begin] = place[index_value(index, row) - low];
+    found.count = int64_t(found.occurring.size());
+    return found;
+  }
+
   const at::Tensor& operand(int64_t number, const char* what) const {
     TORCH_CHECK_VALUE(number >= 0 && number < int64_t(tensors_.size()), "code: ", what, " names tensor ", number, " of ",
                       tensors_.size());
@@ -251,6 +277,14 @@ class Program {
     tables_.push_back({keep(rows), scalar_of(rows, "tensors"), rows.size(0), rows.size(1), rows.stride(0), nullptr,
                        direct});
     return int(tables_.size()) - 1;
+  }
+
+  int use(int table, int index) {
+    const std::pair<int, int> key(table, index);
+    const auto found = std::find(uses_.begin(), uses_.end(), key);
+    if (found != uses_.end()) return int(found - uses_.begin());
+    uses_.push_back(key);
+    return int(uses_.size()) - 1;
   }
 
   const void* vector(int64_t number, int64_t width, const char* what, bool centred = false) {
@@ -375,7 +409,7 @@ class Program {
     step.op = RowOp(numbers[0]);
     step.a = int(numbers[1]);
     step.b = int(numbers[2]);
-    step.table = -1;
+    step.table = step.use = -1;
     step.index = int(numbers[6]);
     step.activation = Activation(std::max<int64_t>(numbers[7], 0));
     step.p0 = p0;
@@ -393,6 +427,7 @@ class Program {
     step.width = step.in_width;
     if (tables_of(step.op)) {
       step.table = table(t[0], step.index < 0);
+      if (step.index >= 0) step.use = use(step.table, step.index);
       const at::Tensor& tensor = tensors_[t[0]];
       result = result ? c10::promoteTypes(*result, tensor.scalar_type()) : tensor.scalar_type();
       const int64_t width = tensor.size(1);
@@ -685,41 +720,37 @@ class Program {
     }
     // partitions' own places
     std::vector<at::Tensor> blocks(partitions_.size());
-    std::vector<std::vector<RowScatter>> scatters(partitions_.size(), std::vector<RowScatter>(tables_.size()));
-    std::vector<std::vector<int64_t>> scattered_rows(partitions_.size(), std::vector<int64_t>(tables_.size(), 0));
-    for (size_t p = 0; p < partitions_.size(); ++p) {
-      RowPartition& partition = partitions_[p];
-      const Section& section = section_of(partition);
-      std::vector<std::pair<int64_t, int64_t>> ranges(tables_.size(), {INT64_MAX, INT64_MIN});
-      std::vector<std::pair<int, int>> seen;
-      for (const RowStep& step : section.steps) {
-        if (step.grad < 0 || step.index < 0 || !wanted_[table_keys_[step.table].first]) continue;
-        const std::pair<int, int> use(step.table, step.index);
-        if (std::find(seen.begin(), seen.end(), use) != seen.end()) continue;
-        seen.push_back(use);
-        const auto [low, high] = index_range(step.index, partition.begin, partition.end);
-        ranges[step.table] = {std::min(ranges[step.table].first, low), std::max(ranges[step.table].second, high)};
-      }
-      int64_t size = section.parameters;
-      for (size_t k = 0; k < tables_.size(); ++k) {
-        if (ranges[k].first <= ranges[k].second) {
-          scattered_rows[p][k] = ranges[k].second - ranges[k].first + 1;
-          size += scattered_rows[p][k] * tables_[k].width;
-        }
-      }
-      blocks[p] = pooled_empty({size}, wide_);
-      A* at = blocks[p].template mutable_data_ptr<A>();
-      partition.parameters = at;
-      at += section.parameters;
-      for (size_t k = 0; k < tables_.size(); ++k) {
-        scatters[p][k] = {scattered_rows[p][k] ? at : nullptr, ranges[k].first};
-        at += scattered_rows[p][k] * tables_[k].width;
-      }
-      partition.scatters = scatters[p].data();
-    }
-    at::parallel_for(0, int64_t(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    std::vector<std::vector<RowScatter>> scatters(partitions_.size());
+    std::vector<std::vector<IndexRows>> reads(partitions_.size());
+    at::parallel_for(0, int64_t(partitions_.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
-        std::memset(blocks[p].mutable_data_ptr(), 0, size_t(blocks[p].numel()) * sizeof(A));
+        RowPartition& partition = partitions_[p];
+        const Section& section = section_of(partition);
+        std::vector<bool> used(uses_.size(), false);
+        for (const RowStep& step : section.steps) {
+          if (step.grad >= 0 && step.use >= 0 && wanted_[table_keys_[step.table].first]) used[step.use] = true;
+        }
+        reads[p].resize(index_views_.size());
+        scatters[p].resize(uses_.size());
+        int64_t size = section.parameters;
+        for (size_t u = 0; u < uses_.size(); ++u) {
+          if (!used[u]) continue;
+          IndexRows& rows = reads[p][uses_[u].second];
+          if (rows.count == 0) rows = index_rows(uses_[u].second, partition.begin, partition.end);
+          size += rows.count * tables_[uses_[u].first].width;
+        }
+        blocks[p] = pooled_empty({size}, wide_);
+        A* at = blocks[p].template mutable_data_ptr<A>();
+        std::memset(at, 0, size_t(size) * sizeof(A));
+        partition.parameters = at;
+        at += section.parameters;
+        for (size_t u = 0; u < uses_.size(); ++u) {
+          if (!used[u]) continue;
+          const IndexRows& rows = reads[p][uses_[u].second];
+          scatters[p][u] = {at, rows.first, rows.local.empty() ? nullptr : rows.local.data()};
+          at += rows.count * tables_[uses_[u].first].width;
+        }
+        partition.scatters = scatters[p].data();
       }
     });
     run();
@@ -751,12 +782,21 @@ class Program {
       at::parallel_for(0, tables_[k].rows, 8192 / width + 1, [&](int64_t begin, int64_t end) {
         std::fill(to + begin * width, to + end * width, A(0));
         for (size_t p = 0; p < partitions_.size(); ++p) {
-          const RowScatter& scatter = scatters[p][k];
-          const int64_t low = std::max(begin, scatter.first);
-          const int64_t high = scatter.to == nullptr ? low : std::min(end, scatter.first + scattered_rows[p][k]);
-          if (low >= high) continue;
-          const A* from = static_cast<const A*>(scatter.to) + (low - scatter.first) * width;
-          for (int64_t i = 0; i < (high - low) * width; ++i) to[low * width + i] += from[i];
+          for (size_t u = 0; u < uses_.size(); ++u) {
+            const A* from = static_cast<const A*>(scatters[p][u].to);
+            if (uses_[u].first != int(k) || from == nullptr) continue;
+            const IndexRows& rows = reads[p][uses_[u].second];
+            if (rows.local.empty()) {
+              const int64_t low = std::max(begin, rows.first), high = std::min(end, rows.first + rows.count);
+              for (int64_t i = 0; i < (high - low) * width; ++i) to[low * width + i] += from[(low - rows.first) * width + i];
+              continue;
+            }
+            const auto low = std::lower_bound(rows.occurring.begin(), rows.occurring.end(), begin);
+            for (auto row = low; row != rows.occurring.end() && *row < end; ++row) {
+              const A* sum = from + (row - rows.occurring.begin()) * width;
+              for (int64_t i = 0; i < width; ++i) to[*row * width + i] += sum[i];
+            }
+          }
         }
       });
       add(number, grad);

@@ -344,3 +344,11 @@ def test_bad_segments():
         section.add_up(section.load(t["e"]))
         with pytest.raises(ValueError, match=f"ptr: .*{message}"):
             run.run(ptr)
+
+
+def test_few_rows_of_large_tables():
+    """Gradients of rows far apart, read by two indices."""
+    t, index, _ = inputs(600, 20000, 8, torch.float64)
+    ptr = torch.tensor([0, 100, 600])
+    for a, b in zip(results("cpp", t, index, ptr, 600), results("reference", t, index, ptr, 600), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
