@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from scalegmn_fast import backend
 from scalegmn_fast.graph import GraphBatch
 from scalegmn_fast.models import from_config
 from scalegmn_fast.testing import load_vector, relative_error
@@ -40,9 +41,10 @@ def test_golden_vector(path, reference_backend):
     check_vector(path)
 
 
-@pytest.mark.parametrize("name", ["inr_cls__pna", "opt__pna_all_aggr_scalers", "inr_cls__rtransformer"])
-def test_golden_vector_with_fused_ops(name):
-    check_vector(next(path for path in VECTORS if path.stem == name))
+@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
+def test_golden_vector_as_row_programs(path):
+    with backend("cpp"):
+        check_vector(path)
 
 
 def check_vector(path):

@@ -101,6 +101,8 @@ struct Tile {
   const RowStep& step(int number) const { return partition.section->steps[number]; }
   A* value(int number) const { return at(step(number).value); }
   A* grad(int number) const { return step(number).grad < 0 ? nullptr : at(step(number).grad); }
+  // Where a step adds its contribution to the gradient of a; null: nowhere.
+  A* grad_of_a(const RowStep& step) const { return step.a < 0 || step.passes_a ? nullptr : grad(step.a); }
 };
 
 inline int64_t index_at(const RowIndex& index, int64_t row) {
@@ -543,7 +545,7 @@ template <class A>
 void backward_load(const Tile<A>& t, const RowStep& step) {
   const int64_t width = step.width;
   const A* grad = t.at(step.grad);
-  A* grad_a = step.a < 0 ? nullptr : t.grad(step.a);
+  A* grad_a = t.grad_of_a(step);
   const TableGrad<A> table(t, step);
   const A* a = step.a < 0 ? nullptr : t.value(step.a);
   with_scalar(t.args.tables[step.table].dtype, [&]<class T>() {
@@ -731,7 +733,7 @@ void backward_step(const Tile<A>& t, const RowStep& step) {
   const A* grad = t.at(step.grad);
   const A* a = step.a < 0 ? nullptr : t.value(step.a);
   const A* b = step.b < 0 ? nullptr : t.value(step.b);
-  A* grad_a = step.a < 0 ? nullptr : t.grad(step.a);
+  A* grad_a = t.grad_of_a(step);
   A* grad_b = step.b < 0 ? nullptr : t.grad(step.b);
   switch (step.op) {
     case RowOp::load:

@@ -58,6 +58,7 @@ struct RowStep {
   bool used;          // whether an output depends on it
   bool wants_grad;    // whether a wanted gradient depends on its gradient
   bool writes_a, writes_b;  // backward: the first contribution to the gradient of a, of b
+  bool passes_a;            // backward: the step's gradient is the first contribution to a's, and in the same place
   bool writes_table;        // backward: the only contribution to the rows of the table, which is read by row number
   int64_t value;      // offsets into a tile's workspace, in Wide; -1: none
   int64_t aux;        // derivatives of the activation, one per branch

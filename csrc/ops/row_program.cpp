@@ -30,6 +30,11 @@ constexpr int64_t smallest_row_product = 8;    // width from which a product com
 
 // -- the plan of a call -----------------------------------------------------------------------------------------------
 
+// Whether each row of the result depends on the same row of a alone and has its width.
+bool works_in_place(RowOp op) {
+  return op != RowOp::load && op != RowOp::linear && op != RowOp::concat && op != RowOp::head_dot;
+}
+
 int tables_of(RowOp op) { return op <= RowOp::scale ? 1 : 0; }
 
 // Offsets of buffers of equal rows, in numbers per row; freed ones are used again.
@@ -515,12 +520,23 @@ class Program {
       for (int k = count - 1; k >= 0; --k) {
         RowStep& step = section.steps[k];
         if (step.grad < 0) continue;
+        const bool passes = step.op == RowOp::load_add || step.op == RowOp::add_vector || step.op == RowOp::add;
+        if (passes && step.a != step.b && section.steps[step.a].wants_grad && section.steps[step.a].grad < 0) {
+          section.steps[step.a].grad = step.grad;
+          step.passes_a = true;
+          if (step.b >= 0) step.writes_b = take(step.b);
+          continue;
+        }
         if (step.a >= 0) step.writes_a = take(step.a);
         if (step.b >= 0) step.writes_b = take(step.b);
         slots.give(step.width, step.grad);
       }
       section.view.num_steps = int(slots.total);  // where values start; finish_plan sets the number of steps
     }
+  }
+
+  static bool is_output(const Section& section, int step) {
+    return step == section.reduced_step || step == section.rows_step || step == section.logits_step;
   }
 
   // Where the steps' values are kept: shared as they die (forward), or all that backward reads.
@@ -557,7 +573,8 @@ class Program {
       for (int k = 0; k < count; ++k) {
         RowStep& step = steps[k];
         if (!needed[k]) continue;
-        step.value = slots.take(step.width);
+        const bool in_place = !backward && works_in_place(step.op) && last[step.a] == k && !is_output(section, step.a);
+        step.value = in_place ? section.steps[step.a].value : slots.take(step.width);
         if (backward) {
           const int64_t branches = step.op == RowOp::symmetrize ? 2 : step.op == RowOp::norm_act ? 1 : 0;
           if (branches) {
@@ -567,8 +584,8 @@ class Program {
           continue;
         }
         for (int operand : {step.a, step.b}) {
-          const bool dies = operand >= 0 && last[operand] == k && operand != section.reduced_step &&
-                            operand != section.rows_step && operand != section.logits_step && (operand != step.a || operand != step.b || step.b < 0);
+          const bool dies = operand >= 0 && last[operand] == k && !is_output(section, operand) && step.a != step.b &&
+                            !(in_place && operand == step.a);
           if (dies) slots.give(steps[operand].width, steps[operand].value);
         }
       }

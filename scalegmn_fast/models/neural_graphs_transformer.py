@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..graph import GraphBatch
 from ..graph.pairs import NodePairs, network_order, node_pairs, pair_edge_rows, pairs_of_rows
+from ..nn.fused_neural_graphs import PairFeatures
 from ..nn.graph_features import GraphFeatures, VaryingGraphFeatures
 from ..nn.pooling import NodePooling, pool_pairs
-from ..nn.fused_neural_graphs import PairFeatures
 from ..nn.relational_transformer import TransformerLayer
 from ..nn.rows import GatheredRows
 from .neural_graphs_base import EDGE_POOLS, Editor, NeuralGraph, check_pooling, head, pooled_width

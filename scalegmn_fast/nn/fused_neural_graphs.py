@@ -203,8 +203,12 @@ def attention(
 # -- input features ---------------------------------------------------------------------------------------------------
 
 
-def projected(modules, rows: Tensor) -> Tensor:
-    """A chain of `FourierFeatures`, Linear and SiLU modules on rows [R, d]; the frequencies are never written out."""
+def chain(modules, rows: Tensor) -> Tensor:
+    """A chain of `FourierFeatures`, Linear and SiLU modules on rows [R, d]; fused, nothing between them is written."""
+    if not serves(rows):
+        for module in modules:
+            rows = module(rows)
+        return rows
     program = RowProgram()
     section = program.section(rows.shape[0])
     traced = TracedRows(section, section.load(rows))
@@ -213,10 +217,14 @@ def projected(modules, rows: Tensor) -> Tensor:
             traced = linear(traced, module.weight, module.bias)
         elif isinstance(module, torch.nn.SiLU):
             traced = _activated(traced, "silu")
-        else:  # cos(y) = sin(y + pi / 2)
-            angles = 2 * math.pi * module.b
-            quarter = angles.new_full((2, angles.shape[0]), math.pi / 2)
-            quarter[1] = 0
-            traced = _activated(linear(traced, angles.repeat(2, 1), quarter.flatten()), "sine")
+        else:
+            traced = _fourier(traced, module.b)
     section.write(traced.value())
     return program.run()[1]
+
+
+def _fourier(rows: TracedRows, frequencies: Tensor) -> TracedRows:
+    """``[cos(2 pi b x), sin(2 pi b x)]``, with cos(y) = sin(y + pi / 2)."""
+    angles = 2 * math.pi * frequencies
+    phases = torch.cat([angles.new_full((angles.shape[0],), math.pi / 2), angles.new_zeros(angles.shape[0])])
+    return _activated(linear(rows, angles.repeat(2, 1), phases), "sine")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..graph import GraphBatch
 from ..graph.architecture import ACTIVATION_NAMES
 from ..graph.plan import merge_slices
+from . import fused_neural_graphs
 
 STATISTICS = ("weights_mean", "weights_std", "biases_mean", "biases_std")
 SIREN_FREQUENCY = 30.0
@@ -192,21 +193,21 @@ class _GraphFeatures(nn.Module):
         if self.zero_out_weights:
             count = graph.num_edges * (1 + self.rev_edge_features) + absent
             return self.proj_edge_in.bias.expand(count, -1)
-        return self.proj_edge_in(self._projected_edges(graph, self._edge_input(graph, absent)))
+        return self._projected_edges(graph, self._edge_input(graph, absent))
 
     def _projected_edges(self, graph: GraphBatch, rows: Tensor) -> Tensor:
-        return self.proj_weight(rows)
+        return fused_neural_graphs.chain([*self.proj_weight, self.proj_edge_in], rows)
 
     def nodes(self, graph: GraphBatch) -> Tensor:
         """Node features [N, d_node] in plan order."""
-        rows = None if self.zero_out_bias else self.proj_bias(self._node_input(graph))
         if self.gpf is not None:
             probes = self.gpf(graph)
-            rows = probes if rows is None else rows + probes
-        if rows is None:
+            rows = probes if self.zero_out_bias else self.proj_bias(self._node_input(graph)) + probes
+            rows = self.proj_node_in(rows)
+        elif self.zero_out_bias:
             rows = self.proj_node_in.bias.expand(graph.num_nodes, -1)
         else:
-            rows = self.proj_node_in(rows)
+            rows = fused_neural_graphs.chain([*self.proj_bias, self.proj_node_in], self._node_input(graph))
         if self.use_pos_embed:
             rows = rows + self.pos_embed[graph.plan.node_types(*self.types)]
         return rows
@@ -348,13 +349,13 @@ class VaryingGraphFeatures(_GraphFeatures):
 
     def _projected_edges(self, graph: GraphBatch, rows: Tensor) -> Tensor:
         if self.linear_as_conv:
-            return self.proj_weight(rows)
+            return super()._projected_edges(graph, rows)
         linear = self._linear_edges(graph)
         width = graph.edge_features.shape[1]
         single = self.proj_mlp_weight(rows[: graph.num_edges, ::width])
         kernels = self.proj_weight(rows)
         chosen = torch.where(linear.unsqueeze(1), single, kernels[: graph.num_edges])
-        return torch.cat([chosen, kernels[graph.num_edges :]])
+        return self.proj_edge_in(torch.cat([chosen, kernels[graph.num_edges :]]))
 
     def _linear_edges(self, graph: GraphBatch) -> Tensor:
         """bool [E]: weights of linear layers (of every layer where kernels have one number)."""

@@ -1,0 +1,103 @@
+"""Neural Graphs as row programs: the same numbers as without, for every option, mixed architectures and dropout."""
+
+import pytest
+import torch
+from neural_graphs_cases import LAYOUT, config_of
+from test_neural_graphs_equivariance import CASES
+
+from scalegmn_fast import backend
+from scalegmn_fast.graph import GraphBatch, from_cnns
+from scalegmn_fast.models import from_config
+from scalegmn_fast.ops.row_program import RowProgram
+from scalegmn_fast.testing import assert_close_to_float64, random_cnn, random_network, randomize_parameters
+
+ALL = [(kind, changes) for kind, cases in CASES.items() for changes in cases]
+ALL += [("gnn", {"gnn_backbone.act": "leaky_relu"}), ("gnn", {"gnn_backbone.pre_layers": 3})]
+
+
+def model_of(kind, changes):
+    torch.manual_seed(0)
+    model = from_config(config_of(kind, changes)).eval()
+    randomize_parameters(model, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def batch_of(kind, dtype):
+    generator = torch.Generator().manual_seed(1)
+    weights, biases = random_network(LAYOUT, 3, d_e=9 if "varying" in kind else 1, generator=generator)
+    return GraphBatch.from_weights([w.to(dtype) for w in weights], [b.to(dtype) for b in biases])
+
+
+def results(name, model, graph):
+    """Outputs and all gradients."""
+    with backend(name):
+        out = model(graph)
+        outs = [out] if torch.is_tensor(out) else [*out[0], *out[1]]
+        weights = [torch.linspace(-1, 1, o.numel(), dtype=torch.float64).cos().view(o.shape).to(o) for o in outs]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(outs, parameters, weights, allow_unused=True, materialize_grads=True)
+    return [*outs, *grads]
+
+
+def assert_equal(found, expected, tolerance=1e-10):
+    largest = max(float(value.detach().abs().max()) for value in expected)
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).detach().abs().max()) <= tolerance * max(float(b.detach().abs().max()), 1e-3 * largest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    ALL,
+    ids=lambda value: value if isinstance(value, str) else "-".join(k.split(".")[-1] for k in value) or "default",
+)
+def test_row_programs_change_nothing(kind, changes, monkeypatch):
+    model, graph = model_of(kind, changes).double(), batch_of(kind, torch.float64)
+    expected = results("reference", model, graph)
+    calls, run = [], RowProgram.run
+    monkeypatch.setattr(RowProgram, "run", lambda self, ptr=None: calls.append(self) or run(self, ptr))
+    assert_equal(results("cpp", model, graph), expected)
+    assert calls
+
+
+@pytest.mark.parametrize("kind", ["gnn_varying", "transformer_varying"])
+def test_mixed_architectures(kind):
+    generator = torch.Generator().manual_seed(0)
+    cnns = [random_cnn([2, *channels], [3], generator=generator) for channels in ([4], [5, 3, 6], [7, 2])]
+    graph = from_cnns(cnns, kernel_size=(3, 3))
+    model = model_of(kind, {}).double()
+    assert_equal(results("cpp", model, graph), results("reference", model, graph))
+
+
+@pytest.mark.parametrize("kind", ["gnn", "transformer"])
+def test_error_in_float32(kind):
+    model, graph = model_of(kind, {}), batch_of(kind, torch.float32)
+    eager, found = results("reference", model, graph), results("cpp", model, graph)
+    exact = results("reference", model.double(), batch_of(kind, torch.float64))
+    for number, values in enumerate(zip(found, eager, exact, strict=True)):
+        assert_close_to_float64(*values, ulps=256, name=f"result {number}")
+
+
+def test_dropout_follows_the_seed():
+    model, graph = model_of("transformer", {"dropout": 0.3}).train(), batch_of("transformer", torch.float32)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return results("cpp", model, graph)
+
+    first, again, other = run(0), run(0), run(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_second_derivatives():
+    """A gradient of a gradient of the input networks' weights, as learnt optimisers take it."""
+    for kind in ("gnn", "transformer"):
+        model, found = model_of(kind, {}).double(), {}
+        for name in ("reference", "cpp"):
+            weights, biases = random_network(LAYOUT, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            weights = [w.requires_grad_() for w in weights]
+            with backend(name):
+                out = model(GraphBatch.from_weights(weights, biases)).square().sum()
+                first = torch.autograd.grad(out, weights, create_graph=True)
+                found[name] = torch.autograd.grad(sum(g.square().sum() for g in first), weights)
+        assert_equal(found["cpp"], found["reference"], tolerance=1e-8)
