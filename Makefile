@@ -1,5 +1,5 @@
 # make demo | test | check | bench     set themselves up in .venv first (python3 >= 3.10, a C++ compiler)
-# make bench-full                      every benchmark but bench.compare_original, which needs a checkout of the original
+# make bench-full                      every benchmark but bench.compare_*, which need checkouts of the originals
 # make gpu-check                       on a machine with a GPU: uses the python3 it finds, no network
 # Variables: PYTHON (to make .venv with), TORCH (what pip installs, options included), MAX_JOBS (compilers at once);
 # see setup.py for more. A torch that is already in .venv is kept.

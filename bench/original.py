@@ -8,14 +8,16 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import os
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+#: A file of every checkout.
+FILE = "src/scalegmn/models.py"
 UNUSED_BY_MODELS = {
     "rff": ("rff.layers",),
     "torchvision": ("torchvision.utils",),
@@ -25,25 +27,28 @@ UNUSED_BY_MODELS = {
 MALFORMED = "input_layers: 1input_layers: 1"
 
 
-def is_checkout(root: str | os.PathLike) -> bool:
-    """Whether the original is there."""
-    return (Path(root) / "src" / "scalegmn" / "models.py").is_file()
+def take_over(root: Path, packages: Sequence[str]) -> None:
+    """Make folders of a checkout importable as packages, the top one first, in the place of any other's.
+
+    Their ``__init__`` is not run.
+    """
+    for name in [name for name in sys.modules if name.split(".")[0] == packages[0]]:
+        del sys.modules[name]
+    for name in packages:
+        package = types.ModuleType(name)
+        package.__path__ = [str(root / name.replace(".", "/"))]
+        sys.modules[name] = package
 
 
 class Original:
     """The models, configurations and batches of the checkout ``root``; takes the place of another's modules."""
 
-    def __init__(self, root: str | os.PathLike):
+    def __init__(self, root: str | Path):
         self.root = Path(root).resolve()
         for name, children in UNUSED_BY_MODELS.items():
             if name not in sys.modules and importlib.util.find_spec(name) is None:
                 sys.modules.update({module: _Placeholder(module) for module in (name, *children)})
-        for name in [name for name in sys.modules if name.split(".")[0] == "src"]:
-            del sys.modules[name]
-        for name in ("src", "src.data"):
-            package = types.ModuleType(name)
-            package.__path__ = [str(self.root / name.replace(".", "/"))]
-            sys.modules[name] = package
+        take_over(self.root, ("src", "src.data"))
         self._models, self._data, self._graphs, self._helpers = (
             importlib.import_module(f"src.{name}")
             for name in ("scalegmn.models", "data.data_utils", "scalegmn.graph_init", "utils.helpers")

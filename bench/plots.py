@@ -14,8 +14,8 @@ def speed_ups(rows: list[dict], path: Path) -> bool:
     """Bars of original / ours per configuration and batch size, p20 to p80 as lines; False if there is none to draw."""
     groups = {
         kind: {name: modes["eager"]["ratio"] for name, modes in group.items() if "ratio" in modes.get("eager", {})}
-        for (dtype, kind), group in compare_original.groups(rows).items()
-        if dtype == "float32" and kind in ("16", "own")
+        for (dtype, kind), group in compare_original.COMPARISON.groups(rows).items()
+        if dtype == "float32" and kind in ("batch 16", compare_original.OWN)
     }
     groups = {kind: ratios for kind, ratios in groups.items() if ratios}
     names = list(dict.fromkeys(name for ratios in groups.values() for name in ratios))
@@ -31,7 +31,7 @@ def speed_ups(rows: list[dict], path: Path) -> bool:
             [ratio["median"] - ratio["p20"] for ratio in ratios.values()],
             [ratio["p80"] - ratio["median"] for ratio in ratios.values()],
         ]
-        batch = "their own batch" if kind == "own" else f"batch {kind}"
+        batch = "their own batch" if kind == compare_original.OWN else kind
         axis.barh(
             [names.index(name) + (place - (len(groups) - 1) / 2) * height for name in ratios],
             medians,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench import compare_original, configs, harness, identities, ops, plots, scaling
+from bench import compare_neural_graphs, compare_original, configs, harness, identities, ops, plots, scaling
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 IMAGES = PAGE.parent / "images"
@@ -32,6 +32,16 @@ SECTIONS = (
         "column is the largest difference over the largest value. *Compiled*: the original under `torch.compile`. "
         "*Tuned allocator*: both with a glibc that keeps its pages, so that no step pays for fresh ones. *Memory*: the "
         "highest resident set during a step minus that before it, each side in a process of its own.",
+    ),
+    (
+        "compare_neural_graphs",
+        compare_neural_graphs.page,
+        None,
+        "Neural Graphs against the original",
+        "`python -m bench.compare_neural_graphs --neural-graphs CHECKOUT`. As above, for the two networks of Neural "
+        "Graphs; here both sides build their graphs within the step. *Floor*: three times the matrix products of a "
+        "forward of ours (recomputation is not counted) at the peak of a square float32 product of 2048, measured in "
+        "the same process. The original gets two steps more before it is timed: its modules are scripted.",
     ),
     (
         "configs",

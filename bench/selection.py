@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import harness
@@ -22,32 +23,32 @@ def add_output(parser: argparse.ArgumentParser, name: str, limited: str) -> None
     parser.add_argument("--output", type=Path, default=harness.RESULTS / f"{name}.json")
 
 
-def add_arguments(parser: argparse.ArgumentParser, batch: list[str]) -> None:
-    """``--config`` (all by default) and ``--batch`` (``batch`` by default)."""
-    parser.add_argument("--config", nargs="+", default=published_names(), metavar="NAME", help="published names")
+def add_arguments(parser: argparse.ArgumentParser, batch: list[str], names: Sequence[str] = published_names()) -> None:
+    """``--config`` (all of ``names`` by default) and ``--batch`` (``batch`` by default)."""
+    parser.add_argument("--config", nargs="+", default=names, metavar="NAME", help="published names")
     parser.add_argument("--batch", nargs="+", default=batch, metavar="N", help="sizes; own: the configuration's")
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str] = published_names()) -> None:
     """End with a message that names the argument where one is wrong."""
     for name in args.config:
-        if name not in published_names():
-            near = difflib.get_close_matches(name, published_names(), n=1, cutoff=0.0)[0]
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             parser.error(f"argument --config: {name!r} is no published configuration; the nearest is {near!r}")
     for batch in args.batch:
         if batch != "own" and not (batch.isdecimal() and int(batch) > 0):
             parser.error(f"argument --batch: expected 'own' or a positive number, got {batch!r}")
 
 
-def cases(args: argparse.Namespace) -> list[tuple[str, int]]:
+def own_batch(name: str) -> int:
+    """The batch size that a configuration is published with."""
+    return published_config(name)["batch_size"]
+
+
+def cases(args: argparse.Namespace, own_batch: Callable[[str], int] = own_batch) -> list[tuple[str, int]]:
     """(configuration, batch size) pairs, each once."""
     return [
         (name, batch)
         for name in args.config
         for batch in dict.fromkeys(own_batch(name) if size == "own" else int(size) for size in args.batch)
     ]
-
-
-def own_batch(name: str) -> int:
-    """The batch size that a configuration is published with."""
-    return published_config(name)["batch_size"]

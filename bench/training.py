@@ -70,7 +70,9 @@ class Training:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.train()
         rate = settings["lr"] / options["scheduler_args"]["warmup_steps"]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=settings["weight_decay"])
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, weight_decay=settings["weight_decay"], amsgrad=settings.get("amsgrad", False)
+        )
 
     def prepare(self) -> None:
         """Make what lasts from the first step on: the optimiser's state, PyTorch's threads and their buffers."""

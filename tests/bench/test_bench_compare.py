@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 
-from bench import compare_original, configs, report
+from bench import compare_original, comparison, configs, report
 from bench.original import UNUSED_BY_MODELS
 from scalegmn_fast.models import published_config
 
@@ -126,9 +126,9 @@ def test_wrong_arguments_are_named(given, expected, tmp_path, capsys):
 
 def test_difference_is_relative_to_the_largest_value_of_each_tensor():
     a, b = torch.tensor([1.0, 4.0]), torch.tensor([100.0])
-    assert compare_original.difference(a, a + torch.tensor([0.5, 0.0])) == 0.125
-    assert compare_original.difference(([a], [b]), ([a], [b + 1])) == pytest.approx(0.01)
-    assert not compare_original.difference(a, a * float("nan")) <= compare_original.LIMIT
+    assert comparison.difference(a, a + torch.tensor([0.5, 0.0])) == 0.125
+    assert comparison.difference(([a], [b]), ([a], [b + 1])) == pytest.approx(0.01)
+    assert not comparison.difference(a, a * float("nan")) <= comparison.LIMIT
 
 
 def rows():
