@@ -1,10 +1,11 @@
-"""From images to a trained ScaleGMN in a few minutes, on a CPU.
+"""From images to a trained graph network over networks in a few minutes, on a CPU.
 
 Fits a small coordinate network (SIREN) to every digit of scikit-learn's bundled set, several times from different
 random starts; trains a ScaleGMN to tell the digit from the network's weights; shows that renaming and flipping hidden
 neurons does not change its answer; times a training step on the reference and the fused backend; draws pictures.
 
     python examples/demo.py [--out runs/demo]
+    python examples/demo.py --config examples/digits_neural_graphs.yml --out runs/demo_neural_graphs
 
 An interrupted demo continues where it was.
 """
@@ -58,8 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"quality of the fit: {quality.median():.1f} dB PSNR (median), {quality.min():.1f} dB (worst)")
     print("each network has its own random start; all networks of an image are in the same split")
 
-    title(2, "A ScaleGMN learns to read them")
     config = load_config(args.config)
+    name = "ScaleGMN" if "scalegmn_args" in config else "Neural Graphs model"
+    symmetry = config.get("scalegmn_args", {}).get("symmetry", "permutation")
+    title(2, f"A {name} learns to read them")
     if args.epochs is not None:
         config["train_args"]["num_epochs"] = args.epochs
     run = out / "run"
@@ -78,15 +81,16 @@ def main(argv: list[str] | None = None) -> int:
 
     title(3, "The same function gets the same answer")
     model, _, _ = load_model(run / "best.pt")
-    change, count = symmetry_error(model, dataset)
-    print(f"hidden neurons of {count} test networks shuffled, and flipped in sign at random:")
+    change, count = symmetry_error(model, dataset, symmetry)
+    flipped = ", and flipped in sign at random" if symmetry == "sign" else ""
+    print(f"hidden neurons of {count} test networks shuffled{flipped}:")
     print(f"largest change of an output, relative to the largest output: {change:.1e}")
 
     title(4, "Step time")
     print_step_times(model, dataset, trainer.config["batch_size"], torch.device(args.device))
 
     title(5, "Pictures")
-    draw_networks(out / "networks.png", images, dataset, model)
+    draw_networks(out / "networks.png", images, dataset, model, name)
     print(f"{out / 'networks.png'}: digits, their networks, and what the model says")
     print(f"{run / 'curves.png'}: loss, accuracy and learning rate")
     print(f"{run / 'confusion.png'}: which digits are taken for which")
@@ -98,12 +102,12 @@ def title(number: int, text: str) -> None:
     print(f"\n{number}. {text}\n{'-' * (len(text) + 3)}", flush=True)
 
 
-def symmetry_error(model, dataset: PackedDataset) -> tuple[float, int]:
-    """Largest relative change of the outputs when hidden neurons are shuffled and flipped, and of how many networks."""
+def symmetry_error(model, dataset: PackedDataset, symmetry: str) -> tuple[float, int]:
+    """Largest relative change of the outputs under a random symmetry of each network, and of how many networks."""
     weights, biases = dataset.weights(dataset.split("test")[:100])
     generator = torch.Generator().manual_seed(0)
     element = random_group_element(
-        dataset.layout, "sign", batch=len(biases[0]), generator=generator, dtype=torch.float32
+        dataset.layout, symmetry, batch=len(biases[0]), generator=generator, dtype=torch.float32
     )
     with torch.no_grad():
         before = model(GraphBatch.from_weights(weights, biases))
@@ -145,7 +149,7 @@ def print_step_times(model, dataset: PackedDataset, batch_size: int, device: tor
         print("  fused      no compiled backend is installed here (see scalegmn-fast info)")
 
 
-def draw_networks(path: Path, images, dataset: PackedDataset, model) -> None:
+def draw_networks(path: Path, images, dataset: PackedDataset, model, name: str) -> None:
     """Draws, for one test image per digit: the pixels, the network at 8 x 8 and at 64 x 64, and the prediction."""
     from matplotlib.figure import Figure
 
@@ -162,8 +166,8 @@ def draw_networks(path: Path, images, dataset: PackedDataset, model) -> None:
     ]
     figure = Figure(figsize=(1.15 * len(chosen) + 0.9, 4.5), dpi=130, layout="constrained")
     axes = figure.subplots(3, len(chosen), squeeze=False)
-    for row, (name, pictures) in enumerate(rows):
-        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=10, fontsize=10)
+    for row, (label, pictures) in enumerate(rows):
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=10, fontsize=10)
         for column, picture in enumerate(pictures):
             axis = axes[row, column]
             axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
@@ -175,7 +179,7 @@ def draw_networks(path: Path, images, dataset: PackedDataset, model) -> None:
         axes[2, column].set_xlabel(
             f"“{digit}”  {100 * share:.0f}%", fontsize=11, color="#2a7f3f" if right else "#c0392b", labelpad=6
         )
-    figure.suptitle("Test images, the networks fitted to them, and the digit that the ScaleGMN reads off their weights")
+    figure.suptitle(f"Test images, the networks fitted to them, and the digit that the {name} reads off their weights")
     with atomic_write(path) as f:
         figure.savefig(f, format="png")
 

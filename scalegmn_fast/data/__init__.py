@@ -1,6 +1,8 @@
 """Data sets of networks: the field's formats, packing, fitting INRs, canonicalisation, statistics."""
 
 from .canonicalize import canonicalize
+from .cnn_formats import read_cnn_park, read_cnn_zoo
+from .cnns import CnnSet, PackedCnns, open_packed, write_cnns
 from .fit_inrs import FitSettings, fit_inrs
 from .formats import NetworkSet, read_dws, read_network, read_nfn, read_stacked_npz
 from .images import ImageSet, load_images, read_idx
@@ -11,10 +13,12 @@ from .statistics import LayerStatistics
 
 __all__ = [
     "SPLITS",
+    "CnnSet",
     "FitSettings",
     "ImageSet",
     "LayerStatistics",
     "NetworkSet",
+    "PackedCnns",
     "PackedDataset",
     "canonicalize",
     "coordinates",
@@ -22,13 +26,17 @@ __all__ = [
     "evaluate_inrs",
     "fit_inrs",
     "load_images",
+    "open_packed",
     "plot_reconstructions",
     "psnr",
+    "read_cnn_park",
+    "read_cnn_zoo",
     "read_dws",
     "read_idx",
     "read_network",
     "read_nfn",
     "read_stacked_npz",
     "reconstruct",
+    "write_cnns",
     "write_packed",
 ]

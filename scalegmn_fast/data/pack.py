@@ -5,18 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .cnn_formats import is_cnn_park, is_cnn_zoo, read_cnn_park, read_cnn_zoo
+from .cnns import CnnSet, open_packed, write_cnns
 from .formats import NetworkSet, read_dws, read_nfn, read_stacked_npz
-from .packed import PackedDataset, write_packed
+from .packed import write_packed
 from .splits import draw_splits
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="folder of state dicts (DWS with --splits, else NFN naming), or a stacked .npz")
+    parser.add_argument(
+        "source",
+        help="folder of state dicts (DWS with --splits, else NFN naming), a stacked .npz, folder of a small CNN zoo "
+        "(weights.npy, metrics.csv.gz, layout.csv), or of the CNN Wild Park (with --splits)",
+    )
     parser.add_argument("output", help="packed file to write: .safetensors, or .npz")
-    parser.add_argument("--splits", help="DWS: JSON file that lists the networks of train, val and test")
+    parser.add_argument("--splits", help="DWS, CNN Wild Park: JSON file that lists the networks of train, val and test")
     parser.add_argument(
         "--split-points",
         type=int,
@@ -31,6 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--augmented", type=int, default=0, metavar="N", help="NFN: how many augmented sets to add for training"
     )
+    parser.add_argument("--order", metavar="FILE", help="CNN zoo: row numbers, in the order in which rows are split")
+    parser.add_argument("--step", type=int, default=86, help="CNN zoo: training step of the networks (default: 86)")
+    parser.add_argument("--activation", help="CNN zoo: networks with this activation alone (relu, tanh)")
     parser.add_argument(
         "--val-fraction",
         type=float,
@@ -62,8 +72,15 @@ def parse_metadata(entries: list[str]) -> dict[str, Any]:
     return result
 
 
-def _read(args: argparse.Namespace) -> NetworkSet:
+def _read(args: argparse.Namespace) -> NetworkSet | CnnSet:
     source = Path(args.source)
+    if source.is_dir() and args.splits is None and is_cnn_zoo(source):
+        return read_cnn_zoo(source, order=args.order, step=args.step, activation=args.activation)
+    for name in ("order", "activation"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} belongs to the folder of a small CNN zoo, but {source} is none")
+    if source.is_dir() and args.splits is not None and is_cnn_park(args.splits):
+        return read_cnn_park(source, args.splits, show_progress=not args.quiet)
     if source.is_dir() and args.splits is not None:
         return read_dws(source, args.splits, show_progress=not args.quiet)
     if args.splits is not None:
@@ -84,8 +101,11 @@ def run(args: argparse.Namespace) -> int:
     networks = _read(args)
     splits = draw_splits(len(networks.splits), given=networks.splits, val_fraction=args.val_fraction, seed=args.seed)
     metadata = {**networks.metadata, "source": Path(args.source).name, **metadata}
-    write_packed(
-        args.output, networks.weights, networks.biases, networks.labels, splits, metadata, extras=networks.extras
-    )
-    print(PackedDataset(args.output), file=sys.stdout)
+    if isinstance(networks, CnnSet):
+        write_cnns(args.output, replace(networks, splits=splits, metadata=metadata))
+    else:
+        write_packed(
+            args.output, networks.weights, networks.biases, networks.labels, splits, metadata, extras=networks.extras
+        )
+    print(open_packed(args.output), file=sys.stdout)
     return 0

@@ -315,6 +315,11 @@ class PackedDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])
 
+    @property
+    def hidden_layers(self) -> int:
+        """Of every network."""
+        return len(self.layout) - 2
+
     def split(self, name: str) -> torch.Tensor:
         """Indices, int64 and ascending, of the networks of the split ``"train"``, ``"val"`` or ``"test"``."""
         if name not in SPLITS:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .cnns import PackedCnns
 from .files import atomic_write
 from .packed import PackedDataset
 
@@ -52,43 +53,36 @@ class LayerStatistics:
         self.bias_std = [v.detach().to(torch.float32) for v in bias_std]
 
     @classmethod
-    def from_dataset(cls, dataset: PackedDataset, indices=None, *, center: bool = True) -> LayerStatistics:
+    def from_dataset(cls, dataset: PackedDataset | PackedCnns, indices=None, *, center: bool = True) -> LayerStatistics:
         """Statistics of the networks ``indices`` (the training split where not given): one number per layer and kernel
         tap.
 
         Accumulated in float64, chunk by chunk. ``center=False``: the means are zero and the deviations are from zero.
         Taps that never vary, such as the padding of small kernels, get mean 0 and deviation 1: they stay as they are.
+        CNNs of a `PackedCnns` have one number per layer, over the kernels as they are, without padding; so do layers
+        that only some networks have, and a layer that none of them has gets mean 0 and deviation 1.
         """
         selected = dataset.split("train") if indices is None else torch.as_tensor(indices)
         if len(selected) == 0:
             raise ValueError("indices: statistics need at least one network, got none")
-        per_network = sum(a * b for a, b in zip(dataset.layout, dataset.layout[1:], strict=False)) * dataset.edge_dim
-        layers = len(dataset.layout) - 1
-        # Count, mean and sum of squared deviations per tap, merged over chunks.
-        moments: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        for part in selected.split(max(1, _CHUNK_FLOATS // per_network)):
-            weights, biases = dataset.weights(part)
-            for position, block in enumerate([*weights, *biases]):
-                rows = block.double().reshape(-1, block.shape[-1])
-                count, mean = len(rows), rows.mean(0) if center else torch.zeros(block.shape[-1], dtype=torch.float64)
-                squares = (rows - mean).square().sum(0)
-                if position == len(moments):
-                    moments.append((count, mean, squares))
-                    continue
-                count_before, mean_before, squares_before = moments[position]
-                total, shift = count + count_before, mean - mean_before
-                moments[position] = (
-                    total,
-                    mean_before + shift * (count / total),
-                    squares_before + squares + shift.square() * (count * count_before / total),
-                )
+        varying = isinstance(dataset, PackedCnns)
+        layers = dataset.hidden_layers + 1
+        # Count, mean and sum of squared deviations per tap, merged over chunks; weights first.
+        moments: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        for weights, biases in (_kernels if varying else _chunks)(dataset, selected):
+            for kind, blocks in enumerate((weights, biases)):
+                for layer, block in enumerate(blocks):
+                    rows = block.double().reshape(-1, 1 if varying else block.shape[-1])
+                    _merge(moments, kind * layers + layer, rows, center)
         means, stds = [], []
-        for position, (count, mean, squares) in enumerate(moments):
+        for position in range(2 * layers):
+            neutral = (1, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+            count, mean, squares = moments.get(position, neutral)
             std = (squares / count).sqrt()
-            varies = std > 1e-12 * mean.abs()
+            changes = std > 1e-12 * mean.abs()
             shape = (1, 1, -1) if position < layers else (1, 1)
-            means.append(torch.where(varies, mean, 0.0).reshape(shape))
-            stds.append(torch.where(varies, std, 1.0).reshape(shape))
+            means.append(torch.where(changes, mean, 0.0).reshape(shape))
+            stds.append(torch.where(changes, std, 1.0).reshape(shape))
         return cls(means[:layers], stds[:layers], means[layers:], stds[layers:])
 
     def _check(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
@@ -115,6 +109,23 @@ class LayerStatistics:
             [(w - m.to(w)) / s.to(w) for w, m, s in zip(weights, self.weight_mean, self.weight_std, strict=True)],
             [(b - m.to(b)) / s.to(b) for b, m, s in zip(biases, self.bias_mean, self.bias_std, strict=True)],
         )
+
+    def normalize_layers(
+        self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """``(value - mean) / std`` of one network's ``(weight, bias)`` pairs, whatever their shapes; statistics must
+        have one number per layer, and may have more layers than the network."""
+        numbers = (self.weight_mean, self.weight_std, self.bias_mean, self.bias_std)
+        if len(layers) > len(self.weight_mean) or any(v.numel() != 1 for values in numbers for v in values):
+            raise ValueError(
+                f"statistics must hold one number for each of {len(layers)} layers, got "
+                f"{[v.numel() for v in self.weight_mean]}"
+            )
+        found = [[float(value) for value in values] for values in zip(*numbers, strict=True)]
+        return [
+            ((weight - wm) / ws, (bias - bm) / bs)
+            for (weight, bias), (wm, ws, bm, bs) in zip(layers, found[: len(layers)], strict=True)
+        ]
 
     def denormalize(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
@@ -184,3 +195,33 @@ class LayerStatistics:
             return cls.from_state_dict(state)
         except ValueError as error:
             raise ValueError(f"{Path(path)}: {error}") from error
+
+
+def _chunks(dataset: PackedDataset, selected: torch.Tensor):
+    """``(weights, biases)`` of the networks, so many at a time that they fit into memory."""
+    per_network = sum(a * b for a, b in zip(dataset.layout, dataset.layout[1:], strict=False)) * dataset.edge_dim
+    for part in selected.split(max(1, _CHUNK_FLOATS // per_network)):
+        yield dataset.weights(part)
+
+
+def _kernels(dataset: PackedCnns, selected: torch.Tensor):
+    """``(weights, biases)``, each stacked over networks of one architecture."""
+    rows = dataset.rows(selected)
+    for row in rows.unique().tolist():
+        shapes = [s for w in dataset.architectures[row]["weights"] for s in (w, w[:1])]
+        sizes = [math.prod(shape) for shape in shapes]
+        for part in selected[rows == row].split(max(1, _CHUNK_FLOATS // sum(sizes))):
+            pieces = torch.stack([dataset.parameters(index) for index in part.tolist()]).split(sizes, dim=1)
+            yield pieces[::2], pieces[1::2]
+
+
+def _merge(moments: dict, position: int, rows: torch.Tensor, center: bool) -> None:
+    """Adds rows [r, taps] to the moments of a position."""
+    count, mean = len(rows), rows.mean(0) if center else torch.zeros(rows.shape[1], dtype=torch.float64)
+    squares = (rows - mean).square().sum(0)
+    if position in moments:
+        count_before, mean_before, squares_before = moments[position]
+        total, shift = count + count_before, mean - mean_before
+        squares = squares_before + squares + shift.square() * (count * count_before / total)
+        count, mean = total, mean_before + shift * (count / total)
+    moments[position] = (count, mean, squares)

@@ -2,8 +2,9 @@
 
 from .checkpoint import load_checkpoint
 from .config import load_config, validate_config
+from .model import build_model
 from .optim import WarmupLRScheduler
-from .trainer import NonFiniteLossError, Trainer, build_model, evaluate_split, seed_everything
+from .trainer import NonFiniteLossError, Trainer, evaluate_split, seed_everything
 
 __all__ = [
     "NonFiniteLossError",

@@ -18,7 +18,7 @@ DEFAULT_BATCH_SIZE = 64
 # Keys of each section. The ones marked "loader" belong to the original's data loading: accepted, without effect here,
 # because a packed file already holds what they describe.
 _TOP = {
-    "batch_size", "data", "train_args", "scalegmn_args", "optimization", "wandb", "wandb_args",
+    "batch_size", "data", "train_args", "scalegmn_args", "model", "optimization", "wandb", "wandb_args",
     "num_workers", "num_threads", "gpu_ids", "debug", "validate",  # loader
     "inr_model", "log_n_imgs",  # editing
 }  # fmt: skip
@@ -39,8 +39,9 @@ _SECTIONS: dict[str, set[str]] = {
     "optimization": _OPTIMIZATION,
     "optimization.scheduler_args": _SCHEDULER,
 }
-# Sections whose keys are checked elsewhere: by the optimiser's signature, or by W&B; scalegmn_args by the model.
+# Sections whose keys are checked elsewhere: by the optimiser's signature, or by W&B; those of the model by the model.
 _OPEN = ("optimization.optimizer_args", "wandb_args", "wandb", "inr_model")
+_MODELS = ("scalegmn_args", "model")
 
 LOSSES = ("CrossEntropyLoss", "MSE", "BCE")
 PREDICTIONS = ("auto", "sigmoid", "identity")
@@ -48,21 +49,26 @@ SCHEDULERS = ("WarmupLRScheduler", "StepLR", "ReduceLROnPlateau")
 
 
 def load_config(source: str | os.PathLike | Mapping) -> dict:
-    """Reads a whole configuration: a dict, the path of a YAML file, or a published name such as ``mnist_cls/scalegmn``.
+    """Reads a whole configuration: a dict, the path of a YAML file, or a published name such as ``mnist_cls/scalegmn``
+    or ``mnist_cls/pna``.
 
-    Returns a new plain dict; the argument is not changed. Numbers are converted later, by :func:`validate_config`.
-    Raises FileNotFoundError where ``source`` is neither a file nor a published name, ValueError where the file is not
-    YAML or holds no mapping.
+    A ``model`` that is a published Neural Graphs name becomes its dictionary. Returns a new plain dict; the argument is
+    not changed. Numbers are converted later, by :func:`validate_config`. Raises FileNotFoundError where ``source`` is
+    neither a file nor a published name, ValueError where the file is not YAML or holds no mapping.
     """
     if isinstance(source, Mapping):
-        return _plain(source)
+        return _with_model(_plain(source))
     path = os.fspath(source)
     if not os.path.isfile(path):
-        from scalegmn_fast.models import published_config, published_names
+        from scalegmn_fast.models import neural_graphs_names, published_config, published_names
 
-        names = list(published_names())
-        if path in names:
+        from .published import neural_graphs_training
+
+        if path in published_names():
             return _plain(published_config(path))
+        if path in neural_graphs_names():
+            return _plain(neural_graphs_training(path))
+        names = [*published_names(), *neural_graphs_names()]
         near = difflib.get_close_matches(path, names, n=1, cutoff=0.4)
         hint = f"; the nearest published name is '{near[0]}'" if near else f"; published names: {', '.join(names)}"
         raise FileNotFoundError(f"config '{path}' is neither a file nor a published name{hint}")
@@ -74,7 +80,24 @@ def load_config(source: str | os.PathLike | Mapping) -> dict:
         raise ValueError(f"config '{path}' is not readable YAML: {' '.join(str(e).split())}") from e
     if not isinstance(conf, dict):
         raise ValueError(f"config '{path}' must hold a mapping of sections, got {type(conf).__name__}")
-    return _plain(conf)
+    return _with_model(_plain(conf))
+
+
+def _with_model(conf: dict) -> dict:
+    """``conf`` with the dictionary of a published name in the place of the name, under ``model``."""
+    if isinstance(conf.get("model"), str):
+        from scalegmn_fast.models import neural_graphs_names
+
+        from .published import neural_graphs_training
+
+        name, names = conf["model"], neural_graphs_names()
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            raise ValueError(
+                f"model must be a mapping or one of {', '.join(names)}, got {name!r}; the nearest is {near}"
+            )
+        conf["model"] = neural_graphs_training(name)["model"]
+    return conf
 
 
 def apply_overrides(conf: dict, overrides: Iterable[str]) -> dict:
@@ -113,17 +136,26 @@ def apply_overrides(conf: dict, overrides: Iterable[str]) -> dict:
 def validate_config(conf: Mapping) -> dict:
     """Checks the training sections of ``conf`` and returns a copy with numbers as numbers and ``"None"`` as None.
 
-    ``scalegmn_args`` is left to the model. Raises ValueError naming the key, what was expected and what came, and for
-    an unknown key the nearest valid one.
+    ``scalegmn_args`` or ``model``, of which there must be one, is left to the model. Raises ValueError naming the key,
+    what was expected and what came, and for an unknown key the nearest valid one.
     """
-    conf = _plain(conf)
+    conf = _with_model(_plain(conf))
     for section, known in _SECTIONS.items():
         node = _section(conf, section)
         for key in node:
             if key not in known:
                 raise ValueError(_unknown(f"{section}.{key}" if section else key, section, known))
-    if not isinstance(conf.get("scalegmn_args"), dict):
-        raise ValueError("config: the section 'scalegmn_args' is missing")
+    found = [key for key in _MODELS if conf.get(key) is not None]
+    if len(found) != 1:
+        got = "both" if found else "neither"
+        raise ValueError(f"config: one of the sections 'scalegmn_args' and 'model' must describe the model, got {got}")
+    conf = {key: value for key, value in conf.items() if key not in _MODELS or key in found}
+    if not isinstance(conf[found[0]], dict):
+        raise ValueError(f"config: '{found[0]}' must be a section (a mapping), got {conf[found[0]]!r}")
+    if found == ["model"] and "_target_" not in conf["model"]:
+        raise ValueError(
+            "model._target_ is missing: it names the Neural Graphs model, such as nn.gnn.GNNForClassification"
+        )
     for name in ("data", "train_args", "optimization"):
         if conf.get(name) is None:
             conf[name] = {}
@@ -215,7 +247,7 @@ def _unknown(key: str, section: str, known: Iterable[str], item: str | None = No
 def _check_key(node: dict, prefix: str, name: str, key: str) -> None:
     if name in node or name in _SECTIONS.get(prefix, ()):
         return
-    if prefix.split(".")[0] == "scalegmn_args" or prefix in _OPEN:
+    if prefix.split(".")[0] in _MODELS or prefix in _OPEN:
         return
     raise ValueError(_unknown(_name(prefix, name), prefix, set(node) | _SECTIONS.get(prefix, set()), item=key))
 

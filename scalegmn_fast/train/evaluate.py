@@ -27,18 +27,17 @@ def load_model(path: str | os.PathLike):
 
     ``statistics`` is what ``PackedDataset.batch`` takes, or None. Raises as ``load_checkpoint`` and ``build_model``.
     """
+    from scalegmn_fast.data import LayerStatistics
+
     from .checkpoint import load_checkpoint
-    from .trainer import build_model
+    from .model import batch_statistics, build_model
 
     state = load_checkpoint(path)
-    model = build_model(state["config"], state["layout"])
+    saved = state.get("statistics")
+    statistics = None if saved is None else LayerStatistics.from_state_dict(saved)
+    model = build_model(state["config"], state["layout"], statistics)
     model.load_state_dict(state["model"])
-    statistics = None
-    if state.get("statistics") is not None:
-        from scalegmn_fast.data import LayerStatistics
-
-        statistics = LayerStatistics.from_state_dict(state["statistics"])
-    return model.eval(), statistics, state
+    return model.eval(), batch_statistics(state["config"], statistics), state
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     import scalegmn_fast
 
     from .checkpoint import write_json
+    from .model import fitted, varies
     from .plots import draw_confusion, draw_scatter, require_matplotlib
     from .tasks import make_task
     from .train import format_score, open_dataset, prepare_device
@@ -58,11 +58,13 @@ def run(args: argparse.Namespace) -> int:
         require_matplotlib()
     model, statistics, state = load_model(args.checkpoint)
     dataset = open_dataset(args.data)
-    layout = [int(n) for n in dataset.layout]
-    if layout != state["layout"]:
+    layout = None if dataset.layout is None else [int(n) for n in dataset.layout]
+    if layout != state["layout"] and not varies(state["config"]):
         raise ValueError(
-            f"checkpoint '{args.checkpoint}' is for networks of layout {state['layout']}, '{args.data}' holds {layout}"
+            f"checkpoint '{args.checkpoint}' is for networks of layout {state['layout']}, '{args.data}' holds "
+            f"{layout or 'several'}"
         )
+    _, dataset = fitted(state["config"], dataset)
     indices = torch.as_tensor(dataset.split(args.split), dtype=torch.int64)
     if len(indices) == 0:
         raise ValueError(f"--split {args.split}: it is empty in '{args.data}'")

@@ -49,12 +49,12 @@ class Classification:
     def __init__(self, classes: int):
         self.classes = classes
 
-    def check_output(self, output: Tensor) -> None:
-        """Raises ValueError unless ``output`` is [B, d_out] with a column per class."""
+    def check_output(self, output: Tensor, key: str = "readout_args.d_out") -> None:
+        """Raises ValueError unless ``output`` is [B, d_out] with a column per class; ``key`` is what sets its width."""
         if output.dim() != 2 or output.shape[1] < self.classes:
             raise ValueError(
                 f"labels have {self.classes} classes but the model's output has shape {list(output.shape)}: "
-                f"expected [batch, {self.classes} or more] (readout_args.d_out)"
+                f"expected [batch, {self.classes} or more] ({key})"
             )
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
@@ -105,12 +105,12 @@ class Regression:
         self.loss_name = loss
         self.prediction = prediction
 
-    def check_output(self, output: Tensor) -> None:
-        """Raises ValueError unless ``output`` is [B, 1]."""
+    def check_output(self, output: Tensor, key: str = "readout_args.d_out") -> None:
+        """Raises ValueError unless ``output`` is [B, 1]; ``key`` is what sets its width."""
         if output.dim() != 2 or output.shape[1] != 1:
             raise ValueError(
                 f"labels are one number per network but the model's output has shape {list(output.shape)}: "
-                "expected [batch, 1] (readout_args.d_out: 1)"
+                f"expected [batch, 1] ({key}: 1)"
             )
 
     def predict(self, output: Tensor) -> Tensor:

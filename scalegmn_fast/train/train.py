@@ -1,4 +1,4 @@
-"""Train a ScaleGMN on a packed dataset of networks."""
+"""Train a ScaleGMN or a Neural Graphs model on a packed dataset of networks."""
 
 from __future__ import annotations
 
@@ -68,9 +68,8 @@ def run(args: argparse.Namespace) -> int:
     )
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     sizes = ", ".join(f"{len(v):,} {k}" for k, v in trainer.splits.items())
-    layout = "-".join(str(int(n)) for n in dataset.layout)
-    print(f"networks   {layout}: {sizes}")
-    print(f"model      {parameters:,} parameters, symmetry {config['scalegmn_args'].get('symmetry')}, on {device}")
+    print(f"networks   {_layout(dataset)}: {sizes}")
+    print(f"model      {parameters:,} parameters, {_kind(config)}, on {device}")
     if trainer.total_steps:
         print(f"resumed    after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps_per_epoch} in the next")
     try:
@@ -103,19 +102,29 @@ def prepare_device(name: str, threads: int | None):
 
 
 def open_dataset(path: str):
-    """Opens a packed dataset; FileNotFoundError says how to make one."""
-    from scalegmn_fast.data import PackedDataset
+    """Opens a packed dataset of either kind; FileNotFoundError says how to make one."""
+    from scalegmn_fast.data import open_packed
 
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--data '{path}' does not exist; make it with scalegmn-fast pack or fit-inrs")
-    return PackedDataset(path)
+    return open_packed(path)
 
 
 def describe_data(dataset, config) -> None:
     """Warns on stderr where the data's symmetry is another than the model's (a plain permutation model is fine)."""
-    data, model = dataset.metadata.get("symmetry"), config["scalegmn_args"].get("symmetry")
+    data, model = dataset.metadata.get("symmetry"), config.get("scalegmn_args", {}).get("symmetry")
     if data and model and data != model and "permutation" not in (data, model) and model != "hetero":
         print(f"warning: the networks have symmetry {data}, the model is built for {model}", file=sys.stderr)
+
+
+def _layout(dataset) -> str:
+    return "of several layouts" if dataset.layout is None else "-".join(str(int(n)) for n in dataset.layout)
+
+
+def _kind(config: dict) -> str:
+    if "model" in config:
+        return str(config["model"]["_target_"]).rpartition(".")[2]
+    return f"symmetry {config['scalegmn_args'].get('symmetry')}"
 
 
 def format_score(metrics: dict) -> str:

@@ -27,6 +27,7 @@ from . import plots
 from .checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint, write_json
 from .config import differences, load_config, validate_config
 from .loggers import TensorBoardLogger, WandbLogger
+from .model import batch_statistics, build_model, fitted, layer_statistics, width_key
 from .optim import build_optimizer, build_scheduler
 from .tasks import make_task
 
@@ -67,31 +68,6 @@ def deterministic() -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark = cudnn
-
-
-def build_model(config: Mapping[str, Any], layout) -> nn.Module:
-    """Makes the model of a validated configuration for networks of ``layout``.
-
-    Raises ValueError where the configuration has another layout than the data, or asks for an equivariant model.
-    """
-    from scalegmn_fast.models import from_config
-
-    args = dict(config["scalegmn_args"])
-    if args.get("equivariant"):
-        raise ValueError(
-            "scalegmn_args.equivariant is True: the trainer fits invariant models (classification, regression) to the "
-            "labels of a packed file; a packed file has no target images for editing"
-        )
-    layout = [int(n) for n in layout]
-    for key, given in (("data.layer_layout", config["data"].get("layer_layout")),
-                       ("scalegmn_args.layer_layout", args.get("layer_layout"))):  # fmt: skip
-        if given is not None and [int(n) for n in given] != layout:
-            raise ValueError(
-                f"{key} is {[int(n) for n in given]} but the networks in the data have layout {layout}; "
-                f"correct one of them, or take the data's with --set {key}=null"
-            )
-    args["layer_layout"] = layout
-    return from_config(args)
 
 
 def batches(indices: Tensor, size: int) -> list[Tensor]:
@@ -136,9 +112,9 @@ class Trainer:
     """Trains ``model`` on a packed dataset and keeps everything needed to continue in ``out``.
 
     Args:
-        model: module from a GraphBatch to [B, d_out].
-        dataset: a :class:`~scalegmn_fast.data.PackedDataset` or anything with its ``batch``, ``split``, ``labels``,
-            ``layout`` and ``len``.
+        model: module from a GraphBatch to [B, d_out]; None: the configuration's, made after seeding.
+        dataset: a :class:`~scalegmn_fast.data.PackedDataset`, a :class:`~scalegmn_fast.data.PackedCnns`, or anything
+            with its ``batch``, ``weights``, ``split``, ``labels``, ``layout`` and ``len``.
         config: a whole configuration (dict, YAML path or published name); see ``validate_config``.
         out: directory of the run: ``last.pt``, ``best.pt``, ``metrics.json``, PNG files.
         resume: continue the run in ``out`` (start it where ``out`` is empty). The continued run equals the
@@ -159,7 +135,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         dataset,
         config: Mapping[str, Any] | str | os.PathLike,
         out: str | os.PathLike,
@@ -176,9 +152,8 @@ class Trainer:
         wandb: bool | None = None,
         on_step: Callable[[Trainer], None] | None = None,
     ):
-        self.config = validate_config(load_config(config))
+        self.config, self.dataset = fitted(validate_config(load_config(config)), dataset)
         self.device = torch.device(device)
-        self.dataset = dataset
         self.out = os.fspath(out)
         self.backend = backend
         self.progress = progress
@@ -198,7 +173,11 @@ class Trainer:
                 raise ValueError(f"the data's split '{name}' is empty (sizes: {sizes})")
         self.task = make_task(torch.as_tensor(dataset.labels), self.config["train_args"])
         self.seed = self.config["train_args"]["seed"]
-        self.statistics = self._statistics()
+        self.statistics = layer_statistics(self.config, self.dataset, self.splits["train"])
+        self._batch_statistics = batch_statistics(self.config, self.statistics)
+        if model is None:
+            seed_everything(self.seed)
+            model = build_model(self.config, self.dataset.layout, self.statistics)
 
         self.model = model.to(self.device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -207,7 +186,7 @@ class Trainer:
         optimization = self.config["optimization"]
         self.optimizer = build_optimizer(trainable, optimization["optimizer_name"], optimization["optimizer_args"])
         self.scheduler = build_scheduler(self.optimizer, optimization["scheduler_args"])
-        self.data_identity = _identity(dataset, self.splits)
+        self.data_identity = _identity(self.dataset, self.splits)
 
         self.epoch = 0  # epochs completed
         self.step = 0  # optimiser steps completed inside the current epoch
@@ -243,10 +222,8 @@ class Trainer:
 
     @classmethod
     def from_config(cls, config, dataset, out: str | os.PathLike, **options) -> Trainer:
-        """Seeds, builds the configuration's model for the dataset's layout, and makes a trainer of it."""
-        config = validate_config(load_config(config))
-        seed_everything(config["train_args"]["seed"])
-        return cls(build_model(config, dataset.layout), dataset, config, out, **options)
+        """A trainer of the configuration's own model, made for the dataset."""
+        return cls(None, dataset, config, out, **options)
 
     @property
     def learning_rate(self) -> float:
@@ -315,7 +292,7 @@ class Trainer:
         with self._backend():
             return evaluate_split(
                 self.model, self.dataset, self.splits[split], self.task, batch_size=self.config["batch_size"],
-                device=self.device, statistics=self.statistics, stop=lambda: self._signal is not None,
+                device=self.device, statistics=self._batch_statistics, stop=lambda: self._signal is not None,
             )  # fmt: skip
 
     def draw(self) -> list[str]:
@@ -370,8 +347,8 @@ class Trainer:
     def _check_output(self) -> None:
         """Runs one network through the model, so that what does not fit is said before anything is written."""
         self.model.eval()
-        graph, _ = self.dataset.batch(self.splits["train"][:1], self.statistics)
-        self.task.check_output(self.model(graph.to(device=self.device)))
+        graph, _ = self.dataset.batch(self.splits["train"][:1], self._batch_statistics)
+        self.task.check_output(self.model(graph.to(device=self.device)), width_key(self.config))
 
     def _train_epoch(self) -> bool:
         """Runs the steps that are left of the current epoch; False where a signal came before its end."""
@@ -424,7 +401,7 @@ class Trainer:
         return self._signal is None
 
     def _optimise(self, part: Tensor) -> tuple[Tensor, Tensor | None]:
-        graph, labels = self.dataset.batch(part, self.statistics)
+        graph, labels = self.dataset.batch(part, self._batch_statistics)
         graph, labels = graph.to(device=self.device), labels.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         output = self.model(graph)
@@ -506,16 +483,6 @@ class Trainer:
 
     # State
 
-    def _statistics(self):
-        mode = self.config["data"]["normalize"]
-        symmetry = (self.config.get("scalegmn_args") or {}).get("symmetry")
-        if mode is False or (mode == "auto" and symmetry != "permutation"):
-            return None
-        from scalegmn_fast.data import LayerStatistics
-
-        # subtracting a mean would break the sign and scale symmetries, dividing by a number per layer does not
-        return LayerStatistics.from_dataset(self.dataset, self.splits["train"], center=symmetry == "permutation")
-
     def _state(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
@@ -540,7 +507,7 @@ class Trainer:
             "backend": self.backend,
             "wandb_id": self._wandb_id,
             "config": self.config,
-            "layout": list(self.dataset.layout),
+            "layout": self.data_identity["layout"],
             "data": self.data_identity,
             "statistics": None if self.statistics is None else self.statistics.state_dict(),
         }
@@ -674,7 +641,7 @@ def _identity(dataset, splits: Mapping[str, Tensor]) -> dict[str, Any]:
         digest.update(block.contiguous().numpy().tobytes())
     return {
         "networks": len(dataset),
-        "layout": [int(n) for n in dataset.layout],
+        "layout": None if dataset.layout is None else [int(n) for n in dataset.layout],
         "splits": {k: len(v) for k, v in splits.items()},
         "sha256": digest.hexdigest(),
     }

@@ -15,13 +15,15 @@ def test_quickstart_prints_one_row_per_network(capsys):
     assert capsys.readouterr().out.strip() == "(5, 10)"
 
 
-def test_demo_end_to_end_and_again(tmp_path, capsys):
+@pytest.mark.parametrize("config", ["digits.yml", "digits_neural_graphs.yml"])
+def test_demo_end_to_end_and_again(tmp_path, capsys, config):
     for module in ("sklearn", "yaml", "matplotlib", "tqdm"):
         pytest.importorskip(module)
     spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
     arguments = ["--out", str(tmp_path), "--images", "60", "--copies", "1", "--epochs", "1", "--device", "cpu"]
+    arguments += ["--config", str(EXAMPLES / config)]
     assert demo.main(arguments) == 0
     text = capsys.readouterr().out
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
