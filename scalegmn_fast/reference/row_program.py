@@ -131,8 +131,10 @@ def dropout_mask(seed: Tensor, stream: int, probability: float, begin: int, rows
     return _mix((base[:, None] + column) & _MASK) >= int(probability * 4294967296.0)
 
 
-def _run(section: Section, tensors: Sequence[Tensor], indices: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
-    """The results of all steps."""
+def _run(
+    section: Section, tensors: Sequence[Tensor], indices: Sequence[Tensor], seed: Tensor | None, narrow: set[int]
+) -> list[Tensor]:
+    """The results of all steps. narrow: weights whose products take bfloat16 rows."""
     values: list[Tensor] = []
     names = list(ACTIVATIONS)
 
@@ -150,7 +152,8 @@ def _run(section: Section, tensors: Sequence[Tensor], indices: Sequence[Tensor],
                     rows = table[indices[step.index][section.begin : section.end].long()]
                 out = rows if a is None else a + rows if step.op == "load_add" else a * rows
             case "linear":
-                out = F.linear(a, tensors[step.t0], optional(step.t1))
+                rows = a.to(torch.bfloat16).to(a.dtype) if step.t0 in narrow else a
+                out = F.linear(rows, tensors[step.t0], optional(step.t1))
             case "add":
                 out = a + values[step.b]
             case "mul":
@@ -213,14 +216,19 @@ def row_program_formula(
     ptr: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What is reduced [S, width] and rows [R', d'], differentiable in the tensors."""
+    """What is reduced [S, width] and rows [R', d'], differentiable in the tensors.
+
+    In float32, in float64 if a tensor is; products with a bfloat16 weight are of bfloat16 rows, as `F.linear` in that
+    dtype has them, and added up in float32.
+    """
     dtype = result_dtype(tensors, code, len(bounds) - 1)
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    narrow = {k for k, t in enumerate(tensors) if t.dtype == torch.bfloat16 and wide == torch.float32}
     tensors = [t.to(wide) for t in tensors]
     empty = torch.empty(0, 0, dtype=wide, device=tensors[0].device)
     reduced, written = [], []
     for section in sections(bounds, code, constants):
-        values = _run(section, tensors, indices, seed)
+        values = _run(section, tensors, indices, seed, narrow)
         if section.reduced >= 0:
             logits = values[section.logits] if section.logits >= 0 else None
             reduced.append(_reduce(section.reduction, values[section.reduced], logits, ptr, section.begin))

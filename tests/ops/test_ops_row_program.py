@@ -352,3 +352,20 @@ def test_few_rows_of_large_tables():
     ptr = torch.tensor([0, 100, 600])
     for a, b in zip(results("cpp", t, index, ptr, 600), results("reference", t, index, ptr, 600), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_bfloat16_products_of_rows_at_a_kink(norm):
+    """Rows rounded to bfloat16 move sums across ReLU's kink, the reference's alike; without such products none move."""
+    t, index, ptr = inputs(300, 40, 128, torch.bfloat16)
+    options = {"activation": "relu", "norm": norm}
+    found = results("cpp", t, index, ptr, 300, **options)
+    wide = {name: tensor.double() for name, tensor in t.items()}
+    errors = []
+    for expected in (
+        results("reference", t, index, ptr, 300, **options),
+        results("reference", wide, index, ptr, 300, **options),
+    ):
+        pairs = zip(found, expected, strict=True)
+        errors.append(max(float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in pairs))
+    assert min(errors) < 4 * 2**-8
