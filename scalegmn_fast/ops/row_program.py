@@ -306,8 +306,8 @@ def row_program(program: RowProgram, ptr: Tensor | None = None) -> tuple[Tensor,
     Returns:
         The results, of no size where no section has them, in the promoted dtype of the tables that are loaded. Computed
         in float32, in float64 if a tensor is float64; products with a bfloat16 weight are of bfloat16 rows, added up in
-        float32 (the CPU engine takes float32 rows where the processor does not multiply those faster). Under autocast tables and weights of linear steps are cast
-        as it has it.
+        float32 (the CPU engine takes float32 rows where the processor does not multiply those faster). Under autocast
+        tables and weights of linear steps are cast as it has it.
     Raises:
         ValueError, TypeError: tables, indices, parameters or segments that do not fit (CPU engine).
         scalegmn_fast.backends.BackendError: the backend chosen explicitly cannot serve the call.

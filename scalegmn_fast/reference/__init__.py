@@ -1,7 +1,8 @@
 """Every op in plain, differentiable PyTorch: any device, any floating dtype, second order included.
 
 The oracle of the tests, the baseline of the benchmarks and the backend of last resort. float16 and bfloat16 inputs are
-computed in float32 and cast once at the end, as the fused kernels do.
+computed in float32 and cast once at the end, as the fused kernels do; products of row programs with a bfloat16 weight
+take bfloat16 rows.
 """
 
 from scalegmn_fast.reference.edge_mlp import edge_mlp
