@@ -43,8 +43,9 @@ bench: install
 	$(BIN)/python -m bench.report
 
 bench-full: install
-	$(BIN)/python -m bench.ops
+	$(BIN)/python -m bench.ops --rows 1000 10000 100000 1000000 --width 64 128 256
 	$(BIN)/python -m bench.identities
+	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.configs
 	$(BIN)/python -m bench.scaling --max-edges 1e7
 	$(BIN)/python -m bench.report

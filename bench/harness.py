@@ -141,10 +141,11 @@ def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
     return 2 * source.numel() * 4 / statistics.median(times)
 
 
-def gemm_peak(size: int = 2048) -> float:
+def gemm_peak(size: int = 2048, device: str = "cpu") -> float:
     """Floating-point operations per second of a square float32 matrix product."""
-    a, b, out = torch.rand(size, size), torch.rand(size, size), torch.empty(size, size)
-    times = alternate({"gemm": lambda: torch.mm(a, b, out=out)}, seconds=1.0)["gemm"]
+    a, b, out = (torch.rand(size, size, device=device) for _ in range(3))
+    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    times = alternate({"gemm": lambda: torch.mm(a, b, out=out)}, seconds=1.0, sync=sync)["gemm"]
     return 2 * size**3 / statistics.median(times)
 
 

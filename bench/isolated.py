@@ -70,6 +70,60 @@ def run(
     return result
 
 
+class Stepper:
+    """Context: a process of its own that makes a function once, ``make(*args)``, and calls it whenever `step` asks.
+
+    Args:
+        make, args: picklable.
+        seconds: limit of time for each answer.
+        environment: variables that the process has besides this one's.
+
+    Raises:
+        MeasurementError: on entering or from `step`; it raised, ran out of memory or time, or was killed.
+    """
+
+    def __init__(
+        self, make: Callable, *args: Any, seconds: float | None = None, environment: Mapping[str, str] | None = None
+    ):
+        context = multiprocessing.get_context("spawn")
+        self.seconds, self.environment = seconds, environment or {}
+        self.pipe, self.other = context.Pipe()
+        self.process = context.Process(target=_steps, args=(self.other, make, args), daemon=True)
+
+    def __enter__(self) -> Stepper:
+        with _variables(self.environment):
+            self.process.start()
+        self.other.close()
+        try:
+            self._answer()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+    def step(self) -> None:
+        """One call of the function, waited for."""
+        with suppress(BrokenPipeError):  # the reason is in the answer
+            self.pipe.send(None)
+        self._answer()
+
+    def _answer(self) -> None:
+        if not self.pipe.poll(self.seconds):
+            raise MeasurementError(f"gave up after {self.seconds:g} s")
+        try:
+            failure = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            raise MeasurementError(_death(self.process.exitcode)) from None
+        if failure is not None:
+            raise MeasurementError(failure)
+
+
 def attempt(function: Callable, *args: Any, **limits: Any) -> dict:
     """`run` of a function that returns the fields of a row, or the field ``failed`` with the reason."""
     try:
@@ -78,12 +132,29 @@ def attempt(function: Callable, *args: Any, **limits: Any) -> dict:
         return {"failed": str(error)}
 
 
-def _child(sender, function: Callable, args: tuple) -> None:
+def _prepare() -> None:
+    """No warnings, a limit of memory, and an end with the parent, for the process that this one is."""
     warnings.simplefilter("ignore")
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     with suppress(FileNotFoundError):  # another system than Linux
         limit = int(0.9 * _memory("/proc/meminfo", "MemAvailable"))
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _steps(pipe, make: Callable, args: tuple) -> None:
+    _prepare()
+    try:
+        step = make(*args)
+        while True:
+            pipe.send(None)
+            pipe.recv()
+            step()
+    except Exception as error:
+        pipe.send(reason(error))
+
+
+def _child(sender, function: Callable, args: tuple) -> None:
+    _prepare()
     try:
         answer = True, function(*args)
     except Exception as error:

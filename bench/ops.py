@@ -1,92 +1,146 @@
 """The ops, forward and backward apart: each fused backend against the reference, in turn, and against the floor.
 
-    python -m bench.ops [--device cpu] [--rows 100000] [--width 64 128 256]
+    python -m bench.ops [--device cpu] [--rows 100000 ...] [--width 64 128 256]
 
-The floor is the bytes that must move (each input read once, each output written once) over the machine's copy
-bandwidth, measured first in the same run. Buffers are larger than the caches at the default sizes. float32.
+The floor is the longer of two times: the bytes that must move (each input read once, each output written once) over the
+machine's copy bandwidth, and the operations of the matrix products, those of backward twice those of forward, over the
+peak of a square one; both measured first in the same run. Buffers are larger than the caches at the default sizes.
+float32.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from bench import harness
 from scalegmn_fast import backend, ops
 
 
-def sized_inputs(rows: int, width: int, device: str):
-    generator = torch.Generator().manual_seed(0)
+class Case(NamedTuple):
+    """An op at one size: what calls it, inputs that need gradients, bytes that must move, operations of a forward."""
 
-    def normal(*shape):
+    name: str
+    call: Callable[[], Tensor]
+    inputs: tuple[Tensor, ...]
+    forward_bytes: int
+    backward_bytes: int
+    flops: int = 0
+
+
+def op_cases(rows: int, width: int, device: str) -> Iterator[Case]:
+    """The ops on ``rows`` rows (up to the last whole segment) in segments of 32."""
+    generator = torch.Generator().manual_seed(0)
+    rows -= rows % 32
+    segments = rows // 32
+
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device).requires_grad_()
 
-    return normal, torch.arange(0, rows + 1, 32, dtype=torch.int32, device=device)
-
-
-def op_cases(rows: int, width: int, device: str):
-    """(name, function of no arguments, inputs that need gradients, bytes forward, bytes backward)."""
-    normal, ptr = sized_inputs(rows - rows % 32, width, device)
-    h = normal(rows - rows % 32, width)
+    ptr = torch.arange(0, rows + 1, 32, dtype=torch.int32, device=device)
+    h = normal(rows, width)
     bias, scale, shift = normal(width), normal(width), normal(width)
-    matrix = 4 * h.numel()
-    segments = ptr.numel() - 1
-    yield (
+    matrix, reduced = 4 * h.numel(), 4 * segments * width
+    parameters = (bias, scale, shift)
+    yield Case(
         "symmetrize activation",
-        lambda: ops.symmetrize(h, bias, scale, shift, activation="silu"),
-        (h, bias, scale, shift),
+        lambda: ops.symmetrize(h, *parameters, activation="silu"),
+        (h, *parameters),
         2 * matrix,
         3 * matrix,
     )
-    yield "symmetrize normalize", lambda: ops.symmetrize(h, kind="normalize"), (h,), 2 * matrix, 3 * matrix
-    yield (
-        "segment_reduce sum",
-        lambda: ops.segment_reduce(h, ptr, "sum"),
-        (h,),
-        matrix + 4 * segments * width,
-        matrix + 4 * segments * width,
-    )
+    yield Case("symmetrize normalize", lambda: ops.symmetrize(h, kind="normalize"), (h,), 2 * matrix, 3 * matrix)
+    yield Case("segment_reduce sum", lambda: ops.segment_reduce(h, ptr, "sum"), (h,), *[matrix + reduced] * 2)
     several = ("mean", "min", "max", "std")
-    yield (
+    yield Case(
         "segment_reduce mean, min, max, std",
         lambda: ops.segment_reduce(h, ptr, several),
         (h,),
-        matrix + 4 * segments * width * 6,
-        2 * matrix + 4 * segments * width * 10,
+        matrix + 6 * reduced,
+        2 * matrix + 10 * reduced,
+    )
+
+    nodes = normal(segments, width)
+    sender = torch.randint(segments, (rows,), generator=generator, dtype=torch.int32).to(device)
+    receiver = torch.arange(segments, dtype=torch.int32).repeat_interleave(32).to(device)
+    inner, outer = normal(width, width), normal(width, width)
+    product = 2 * rows * width * width
+
+    def message() -> Tensor:
+        program = ops.RowProgram()
+        section = program.section(rows)
+        gated = section.load_mul(section.load(h), nodes, sender)
+        hidden = section.symmetrize(section.linear(gated, inner), *parameters, "silu", 0.0)
+        section.add_up(section.linear(hidden, outer))
+        return ops.row_program(program, ptr.long())[0]
+
+    yield Case(
+        "row_program message",
+        message,
+        (h, nodes, inner, outer, *parameters),
+        matrix + 2 * reduced,
+        2 * matrix + 4 * reduced,
+        2 * product,
+    )
+
+    def edge_update() -> Tensor:
+        program = ops.RowProgram()
+        section = program.section(rows)
+        ends = section.load_add(section.load(nodes, sender), nodes, receiver)
+        gate = section.linear(section.norm_act(ends, scale, shift, "silu", 0.0), outer, bias)
+        section.write(section.mul(section.linear(section.load(h), inner), gate))
+        return ops.row_program(program)[1]
+
+    yield Case(
+        "row_program edge update",
+        edge_update,
+        (h, nodes, inner, outer, *parameters),
+        2 * matrix + reduced,
+        3 * matrix + 2 * reduced,
+        2 * product,
     )
 
 
-def measure(rows: int, width: int, device: str, backends: list[str], bandwidth: float, seconds: float) -> list[dict]:
+def measure(
+    rows: int, width: int, device: str, backends: list[str], bandwidth: float, peak: float, seconds: float
+) -> list[dict]:
     """Rows of every op at one size."""
     found = []
-    for name, call, inputs, forward_bytes, backward_bytes in op_cases(rows, width, device):
+    for case in op_cases(rows, width, device):
 
-        def forward(chosen, call=call):
+        def forward(chosen, case=case):
             def run():
                 with backend(chosen), torch.no_grad():
-                    return call()
+                    return case.call()
 
             return run
 
-        def backward(chosen, call=call, inputs=inputs):
+        def backward(chosen, case=case):
             with backend(chosen):
-                out = call()
+                out = case.call()
             cotangent = torch.ones_like(out)
 
             def run():
                 with backend(chosen):
-                    return torch.autograd.grad(out, inputs, cotangent, retain_graph=True)
+                    return torch.autograd.grad(out, case.inputs, cotangent, retain_graph=True)
 
             return run
 
-        for direction, make, count in (("forward", forward, forward_bytes), ("backward", backward, backward_bytes)):
+        directions = (
+            ("forward", forward, case.forward_bytes, case.flops),
+            ("backward", backward, case.backward_bytes, 2 * case.flops),
+        )
+        for direction, make, count, flops in directions:
             sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
             times = harness.alternate({b: make(b) for b in backends}, seconds=seconds, sync=sync)
             for chosen, values in times.items():
-                row = {"benchmark": "ops", "op": name, "direction": direction, "rows": rows, "width": width}
-                row |= {"backend": chosen, **harness.summary(values), "bytes": count}
-                row["floor_ms"] = 1e3 * count / bandwidth
+                row = {"benchmark": "ops", "op": case.name, "direction": direction, "rows": rows, "width": width}
+                row |= {"backend": chosen, **harness.summary(values), "bytes": count, "flops": flops}
+                row["floor_ms"] = 1e3 * max(count / bandwidth, flops / peak)
                 row["against_reference"] = harness.ratio(times["reference"], values)
                 found.append(row)
     return found
@@ -97,6 +151,7 @@ def page(data: dict) -> str:
     header = [
         "op",
         "direction",
+        "rows",
         "width",
         "backend",
         "median (ms)",
@@ -108,6 +163,7 @@ def page(data: dict) -> str:
         [
             row["op"],
             row["direction"],
+            row["rows"],
             row["width"],
             row["backend"],
             f"{row['median_ms']:.2f}",
@@ -117,25 +173,27 @@ def page(data: dict) -> str:
         ]
         for row in data["rows"]
     ]
-    caption = f"{data['rows'][0]['rows']} rows, float32; copy bandwidth {data['copy_bandwidth'] / 1e9:.1f} GB/s."
+    peak = f", GEMM peak {data['gemm_peak'] / 1e9:.0f} GFLOP/s" if "gemm_peak" in data else ""
+    caption = f"float32; copy bandwidth {data['copy_bandwidth'] / 1e9:.1f} GB/s{peak}."
     return f"{harness.table(header, body)}\n\n{caption}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000])
     parser.add_argument("--width", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--seconds", type=float, default=2.0, help="per op, direction and size")
     args = parser.parse_args()
     on_gpu = args.device.startswith("cuda")
     backends = ["reference", "triton", "cuda"] if on_gpu else ["reference", "cpp"]
-    bandwidth = harness.copy_bandwidth(device=args.device)
+    bandwidth, peak = harness.copy_bandwidth(device=args.device), harness.gemm_peak(device=args.device)
     rows = []
     for width in args.width:
-        rows += measure(args.rows, width, args.device, backends, bandwidth, args.seconds)
+        for count in args.rows:
+            rows += measure(count, width, args.device, backends, bandwidth, peak, args.seconds)
     name = torch.cuda.get_device_name().replace(" ", "-") if on_gpu else "ops"
-    print(page(harness.save(name, rows, copy_bandwidth=bandwidth)))
+    print(page(harness.save(name, rows, copy_bandwidth=bandwidth, gemm_peak=peak)))
 
 
 if __name__ == "__main__":

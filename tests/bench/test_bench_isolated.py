@@ -41,6 +41,33 @@ def test_peak_counts_what_is_freed_again():
     assert 0.95 * size < found < 1.5 * size
 
 
+def test_a_stepper_makes_its_function_once_and_calls_it_each_time():
+    with isolated.Stepper(_Countdown, 2, environment={"BENCH_TEST": "set"}) as countdown:
+        countdown.step()
+        countdown.step()
+        with pytest.raises(isolated.MeasurementError, match="ValueError: nothing left, BENCH_TEST set"):
+            countdown.step()
+        with pytest.raises(isolated.MeasurementError, match="ended with exit status 0"):
+            countdown.step()
+
+
+def test_a_stepper_that_cannot_be_made_is_a_failure():
+    with pytest.raises(isolated.MeasurementError, match="TypeError"), isolated.Stepper(_Countdown):
+        pytest.fail("entered")
+
+
+class _Countdown:
+    """May be called so many times."""
+
+    def __init__(self, left: int):
+        self.left = left
+
+    def __call__(self) -> None:
+        if not self.left:
+            raise ValueError(f"nothing left, BENCH_TEST {os.environ['BENCH_TEST']}")
+        self.left -= 1
+
+
 class _Fill:
     """Allocate, write and free."""
 
