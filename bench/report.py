@@ -68,11 +68,11 @@ SECTIONS = (
         "The ops",
         "`python -m bench.ops`. The floor is the longer of two times: the bytes that must move over the copy "
         "bandwidth, and the operations of the matrix products (backward: twice those of forward) over the peak of a "
-        "square float32 product of 2048, both measured first in the same run. *row_program message*: edge features times gathered "
-        "rows, linear map, symmetrised layer norm and activation, linear map, sum per segment; *edge update*: a linear "
-        "map of edge features, gated by an mlp over both ends. Backward runs the programs' forward again, which the "
-        "floor does not count. Of `symmetrize` and `segment_reduce` backward is compared with the reference "
-        "backend's closed form, not with PyTorch's own autograd.",
+        "square float32 product of 2048, both measured first in the same run. *row_program message*: edge features "
+        "times gathered rows, linear map, symmetrised layer norm and activation, linear map, sum per segment; *edge "
+        "update*: a linear map of edge features, gated by an mlp over both ends. Backward runs the programs' forward "
+        "again, which the floor does not count. Of `symmetrize` and `segment_reduce` backward is compared with the "
+        "reference backend's closed form, not with PyTorch's own autograd.",
     ),
     (
         "identities",
