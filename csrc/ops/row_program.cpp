@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t section_numbers = 5, step_numbers = 8;
 constexpr int64_t tile_floats = 448 * 1024;    // of a tile's workspace: what fits a core's L2 cache beside the weights
 constexpr int64_t partition_rows = 2048;       // so many pay for a partition's own copy of the parameter gradients
-constexpr int64_t most_partitions = 16;
+constexpr int64_t most_partitions = 16;        // of a section; a power of two, as their number is: threads share them
 constexpr int64_t fewest_rows_to_share = 256;  // from here on two cores have enough to do
 constexpr int64_t smallest_row_product = 8;    // width from which a product compiled for its shape pays
 
@@ -657,7 +657,8 @@ class Program {
       const bool works = section.reduced_step >= 0 || section.rows_step >= 0;
       if (rows == 0 || !works) continue;
       const int64_t wanted = std::max<int64_t>(rows / partition_rows, rows >= fewest_rows_to_share ? 2 : 1);
-      const int64_t count = std::min(wanted, most_partitions);
+      int64_t count = 1;
+      while (count < std::min(wanted, most_partitions)) count *= 2;
       int64_t begin = section.begin;
       for (int64_t p = 0; p < count; ++p) {
         const int64_t end = p + 1 == count ? section.end : whole_segments(section, section.begin + rows * (p + 1) / count);
