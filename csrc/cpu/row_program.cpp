@@ -101,6 +101,8 @@ struct Tile {
   const RowStep& step(int number) const { return partition.section->steps[number]; }
   A* value(int number) const { return at(step(number).value); }
   A* grad(int number) const { return step(number).grad < 0 ? nullptr : at(step(number).grad); }
+  // Its first rows.
+  Tile narrowed(int64_t count) const { return {args, partition, first, count, workspace, backward}; }
   // Where a step adds its contribution to the gradient of a; null: nowhere.
   A* grad_of_a(const RowStep& step) const { return step.a < 0 || step.passes_a ? nullptr : grad(step.a); }
 };
@@ -149,8 +151,52 @@ inline __attribute__((always_inline)) void with_scalar(Scalar dtype, F function)
   }
 }
 
+// The distinct rows of a tile that a step loads (RowStep::distinct).
+struct DistinctRows {
+  int32_t *count, *place, *first;
+
+  template <class A>
+  DistinctRows(const Tile<A>& t, const RowStep& step)
+      : count(reinterpret_cast<int32_t*>(t.at(step.distinct))), place(count + 1), first(place + t.args.tile_rows) {}
+
+  void find(const RowIndex& index, int64_t begin, int64_t rows) {
+    constexpr int bits = 9;
+    static_assert(2 * most_tile_rows <= 1 << bits);
+    int32_t table[1 << bits];
+    for (int32_t& entry : table) entry = -1;
+    *count = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = index_at(index, begin + r);
+      uint64_t at = uint64_t(row) * 0x9e3779b97f4a7c15u >> (64 - bits);
+      while (table[at] >= 0 && index_at(index, begin + first[table[at]]) != row) at = (at + 1) % (1 << bits);
+      if (table[at] < 0) {
+        first[*count] = int32_t(r);
+        table[at] = (*count)++;
+      }
+      place[r] = table[at];
+    }
+  }
+};
+
+template <class A>
+void load_distinct(const Tile<A>& t, const RowStep& step) {
+  const RowIndex& index = t.args.indices[step.index];
+  const RowTable& table = t.args.tables[step.table];
+  DistinctRows distinct(t, step);
+  distinct.find(index, t.first, t.rows);
+  with_scalar(table.dtype, [&]<class T>() {
+    for (int64_t k = 0; k < *distinct.count; ++k) {
+      const T* from = static_cast<const T*>(table.data) + index_at(index, t.first + distinct.first[k]) * table.stride;
+      A* to = t.at(step.value) + k * step.width;
+#pragma omp simd
+      for (int64_t i = 0; i < step.width; ++i) to[i] = A(load(from[i]));
+    }
+  });
+}
+
 template <class A>
 void forward_load(const Tile<A>& t, const RowStep& step) {
+  if (step.distinct >= 0) return load_distinct(t, step);
   const int64_t width = step.width;
   A* out = t.at(step.value);
   const A* a = step.a < 0 ? nullptr : t.value(step.a);
@@ -253,8 +299,7 @@ void weight_product(const Tile<float>& t, const RowStep& step, const float* grad
 inline bool by_rows(const RowStep& step) { return step.weight_t != nullptr || step.pairs != nullptr; }
 
 template <class A>
-void forward_linear(const Tile<A>& t, const RowStep& step) {
-  A* out = t.at(step.value);
+void apply_linear(const Tile<A>& t, const RowStep& step, A* out) {
   const A* bias = static_cast<const A*>(step.bias);
   if (bias != nullptr) {
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -269,6 +314,22 @@ void forward_linear(const Tile<A>& t, const RowStep& step) {
   }
   gemm(t.args, 'T', 'N', step.width, t.rows, step.in_width, static_cast<const A*>(step.weight), step.weight_stride,
        t.value(step.a), step.in_width, A(bias != nullptr), out, step.width);
+}
+
+template <class A>
+void forward_linear(const Tile<A>& t, const RowStep& step) {
+  const RowStep& rows = t.step(step.a);
+  A* out = t.at(step.value);
+  if (rows.distinct < 0) return apply_linear(t, step, out);
+  const DistinctRows distinct(t, rows);
+  if (*distinct.count == t.rows) return apply_linear(t, step, out);
+  A* results = t.at(t.args.spread);
+  apply_linear(t.narrowed(*distinct.count), step, results);
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const A* from = results + distinct.place[r] * step.width;
+#pragma omp simd
+    for (int64_t i = 0; i < step.width; ++i) out[r * step.width + i] = from[i];
+  }
 }
 
 // The statistics of a few rows come before their elements: one row's sums wait for its square root, several overlap.
@@ -547,6 +608,15 @@ void backward_load(const Tile<A>& t, const RowStep& step) {
   const A* grad = t.at(step.grad);
   A* grad_a = t.grad_of_a(step);
   const TableGrad<A> table(t, step);
+  if (step.distinct >= 0) {
+    if (table.to == nullptr) return;
+    const DistinctRows distinct(t, step);
+    for (int64_t k = 0; k < *distinct.count; ++k) {
+      const A* g = grad + k * width;
+      contribute(table.row(distinct.first[k]), width, false, [=](int64_t i) { return g[i]; });
+    }
+    return;
+  }
   const A* a = step.a < 0 ? nullptr : t.value(step.a);
   with_scalar(t.args.tables[step.table].dtype, [&]<class T>() {
     each_table_row<T>(t.args, step, t.first, t.rows, [&](int64_t r, const T* from) {
@@ -586,8 +656,7 @@ void add_column_sums(const A* grad, int64_t rows, int64_t width, A* to) {
 }
 
 template <class A>
-void backward_linear(const Tile<A>& t, const RowStep& step) {
-  const A* grad = t.at(step.grad);
+void linear_grads(const Tile<A>& t, const RowStep& step, const A* grad) {
   if (A* to = parameter_grad(t, step.bias_grad)) add_column_sums(grad, t.rows, step.width, to);
   A *weight_grad = parameter_grad(t, step.weight_grad), *grad_a = t.grad(step.a);
   if constexpr (sizeof(A) == sizeof(float)) {
@@ -608,6 +677,23 @@ void backward_linear(const Tile<A>& t, const RowStep& step) {
     gemm(t.args, 'N', 'N', step.in_width, t.rows, step.width, static_cast<const A*>(step.weight), step.weight_stride, grad,
          step.width, A(!step.writes_a), grad_a, step.in_width);
   }
+}
+
+template <class A>
+void backward_linear(const Tile<A>& t, const RowStep& step) {
+  const RowStep& rows = t.step(step.a);
+  const A* grad = t.at(step.grad);
+  if (rows.distinct < 0) return linear_grads(t, step, grad);
+  const DistinctRows distinct(t, rows);
+  if (*distinct.count == t.rows) return linear_grads(t, step, grad);
+  A* sums = t.at(t.args.spread);
+  for (int64_t i = 0; i < *distinct.count * step.width; ++i) sums[i] = 0;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    A* to = sums + distinct.place[r] * step.width;
+#pragma omp simd
+    for (int64_t i = 0; i < step.width; ++i) to[i] += grad[r * step.width + i];
+  }
+  linear_grads(t.narrowed(*distinct.count), step, sums);
 }
 
 template <class A>

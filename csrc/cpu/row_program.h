@@ -10,6 +10,8 @@
 
 namespace scalegmn {
 
+constexpr int64_t most_tile_rows = 256;
+
 enum class RowOp {
   load,        // table[index or row]
   load_mul,    // a * table[index or row]
@@ -63,6 +65,9 @@ struct RowStep {
   int64_t value;      // offsets into a tile's workspace, in Wide; -1: none
   int64_t aux;        // derivatives of the activation, one per branch
   int64_t stats;      // mean and 1 / deviation per branch
+  // A load through an index that linear steps alone read: value and gradient hold the distinct rows of a tile. Here are,
+  // as int32, their number, the place of each row among them, and the first row at each place. -1: another step.
+  int64_t distinct;
   int64_t grad;
   int64_t weight_grad, bias_grad, shift_grad;  // offsets into a partition's parameter gradients; -1: not wanted
 };
@@ -108,6 +113,7 @@ struct RowProgramArgs {
   RowGemm32 row32;
   RowGemm16 row16;
   int64_t scratch;       // offset of what a single step may use of the workspace
+  int64_t spread;        // offset of a linear step's results, or their gradients, on distinct rows
   // outputs
   RowReduction reduction;
   const int64_t* ptr;            // [segments + 1] from 0

@@ -27,6 +27,7 @@ constexpr int64_t partition_rows = 2048;       // so many pay for a partition's 
 constexpr int64_t most_partitions = 16;        // of a section; a power of two, as their number is: threads share them
 constexpr int64_t fewest_rows_to_share = 256;  // from here on two cores have enough to do
 constexpr int64_t smallest_row_product = 8;    // width from which a product compiled for its shape pays
+constexpr int64_t few_rows = 256;              // so few have a place each, whether they occur or not
 
 // -- the plan of a call -----------------------------------------------------------------------------------------------
 
@@ -240,8 +241,8 @@ class Program {
     return {low, high};
   }
 
-  // The rows that an index names in a partition: all from `first` on, or those that occur, in order, with the place of
-  // each entry's row among them, where the others are many.
+  // The rows that an index names in a partition: all from `first` on, or, where they are fewer than half of those, the
+  // ones that occur, in order, with the place of each entry's row among them.
   struct IndexRows {
     int64_t first = 0, count = 0;
     std::vector<int32_t> local;
@@ -251,9 +252,10 @@ class Program {
   IndexRows index_rows(int index, int64_t begin, int64_t end) const {
     const auto [low, high] = index_range(index, begin, end);
     IndexRows found{low, high - low + 1, {}, {}};
-    if (found.count <= 2 * (end - begin)) return found;
+    if (found.count <= few_rows) return found;
     std::vector<int32_t> place(size_t(found.count), 0);
     for (int64_t row = begin; row < end; ++row) place[index_value(index, row) - low] = 1;
+    if (2 * std::count(place.begin(), place.end(), 1) >= found.count) return found;
     for (int64_t i = 0; i < int64_t(place.size()); ++i) {
       if (place[i] == 0) continue;
       place[i] = int32_t(found.occurring.size());
@@ -419,7 +421,7 @@ class Program {
     step.activation = Activation(std::max<int64_t>(numbers[7], 0));
     step.p0 = p0;
     step.p1 = p1;
-    step.value = step.aux = step.stats = step.grad = step.weight_grad = step.bias_grad = step.shift_grad = -1;
+    step.value = step.aux = step.stats = step.distinct = step.grad = step.weight_grad = step.bias_grad = step.shift_grad = -1;
     const std::array<int64_t, 3> t = {numbers[3], numbers[4], numbers[5]};
     const bool reads_a = step.op != RowOp::load;
     const bool reads_b = step.op == RowOp::add || step.op == RowOp::mul || step.op == RowOp::concat ||
@@ -568,11 +570,19 @@ class Program {
           last[operand] = std::max(last[operand], k);
         }
       }
+      std::vector<bool> distinct(count);
+      for (int k = 0; k < count; ++k) {
+        distinct[k] = steps[k].op == RowOp::load && steps[k].index >= 0 && !is_output(section, k);
+        for (int operand : {steps[k].a, steps[k].b}) {
+          if (operand >= 0 && steps[k].op != RowOp::linear) distinct[operand] = false;
+        }
+      }
       Slots slots;
       slots.total = backward ? section.view.num_steps : 0;
       for (int k = 0; k < count; ++k) {
         RowStep& step = steps[k];
         if (!needed[k]) continue;
+        if (distinct[k]) step.distinct = slots.take(3);
         const bool in_place = !backward && works_in_place(step.op) && last[step.a] == k && !is_output(section, step.a);
         step.value = in_place ? section.steps[step.a].value : slots.take(step.width);
         if (backward) {
@@ -629,19 +639,21 @@ class Program {
 
   // The rows of a tile, and offsets in numbers instead of numbers per row.
   void finish_plan() {
-    int64_t widest = 1, scratch = 0;
+    int64_t widest = 1, scratch = 0, spread = 0;
     for (const Section& section : sections_) {
       widest = std::max<int64_t>(widest, section.view.num_steps);
       for (const RowStep& step : section.steps) {
+        if (step.op == RowOp::linear && section.steps[step.a].distinct >= 0) spread = std::max(spread, step.width);
         if (step.weight_t != nullptr || step.pairs != nullptr) scratch = std::max({scratch, step.width, step.in_width});
       }
     }
-    args_.tile_rows = std::clamp<int64_t>(tile_floats / (widest + scratch) / 16 * 16, 16, 256);
-    args_.scratch = widest * args_.tile_rows;
+    args_.tile_rows = std::clamp<int64_t>(tile_floats / (widest + spread + scratch) / 16 * 16, 16, most_tile_rows);
+    args_.spread = widest * args_.tile_rows;
+    args_.scratch = args_.spread + spread * args_.tile_rows;
     workspace_ = args_.scratch + scratch * args_.tile_rows;
     for (Section& section : sections_) {
       for (RowStep& step : section.steps) {
-        for (int64_t* offset : {&step.value, &step.aux, &step.stats, &step.grad}) {
+        for (int64_t* offset : {&step.value, &step.aux, &step.stats, &step.distinct, &step.grad}) {
           if (*offset >= 0) *offset *= args_.tile_rows;
         }
       }
@@ -795,10 +807,12 @@ class Program {
       const auto [number, direct] = table_keys_[k];
       if (direct || !wanted_[number]) continue;
       const int64_t width = tables_[k].width;
-      at::Tensor grad = pooled_empty({tables_[k].rows, width}, wide_);
+      at::Tensor& grad = grads[number];
+      const bool adds = grad.defined();
+      if (!adds) grad = pooled_empty({tables_[k].rows, width}, wide_);
       A* to = grad.mutable_data_ptr<A>();
       at::parallel_for(0, tables_[k].rows, 8192 / width + 1, [&](int64_t begin, int64_t end) {
-        std::fill(to + begin * width, to + end * width, A(0));
+        if (!adds) std::fill(to + begin * width, to + end * width, A(0));
         for (size_t p = 0; p < partitions_.size(); ++p) {
           for (size_t u = 0; u < uses_.size(); ++u) {
             const A* from = static_cast<const A*>(scatters[p][u].to);
@@ -817,7 +831,6 @@ class Program {
           }
         }
       });
-      add(number, grad);
     }
     for (size_t t = 0; t < grads.size(); ++t) {
       if (!wanted_[t]) {

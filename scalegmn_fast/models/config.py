@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from ..nn.mlp import ACTIVATIONS
+from .memory import EDGE_MEMORY
 
 _REQUIRED = object()
 
@@ -108,7 +109,7 @@ _CHOICES = {
     "symmetry": ("sign", "scale", "hetero", "permutation"),
     "readout_range": ("last_layer", "full_graph"),
     "bidirectional_edges": ("original", "reciprocal", "carried"),
-    "edge_memory": ("auto", "store", "recompute"),
+    "edge_memory": EDGE_MEMORY,
     "gnn_args.update_as_act_arg": ("cat", "sum"),
     "gnn_args.aggregator": ("add", "sum", "mean", "max"),
     "mlp_args.activation": ACTIVATIONS,

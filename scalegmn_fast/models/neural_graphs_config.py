@@ -16,6 +16,7 @@ from ..reference.activations import activation_name
 from ..reference.pna_message import SCALERS
 from ..reference.segment_reduce import REDUCTIONS
 from .config import _unknown
+from .memory import EDGE_MEMORY
 
 _REQUIRED = object()
 _HYDRA = ("_target_", "_recursive_", "_convert_")
@@ -183,6 +184,7 @@ BACKBONE = {
     "train_norm": _Key(_flag, False),
     "modulate_edges": _Key(_flag, False),
     "gating_edges": _Key(_flag, False),
+    "edge_memory": _Key(_choice(*EDGE_MEMORY), "auto"),  # ours
 }
 _INR = {
     "in_features": _Key(_SIZE, 2),

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..graph import GraphBatch, GraphPlan
 from ..graph.pairs import message_edges, network_order
+from ..nn.fused_neural_graphs import chain
 from ..nn.graph_features import GraphFeatures, VaryingGraphFeatures
 from ..nn.pna import Pna
 from ..nn.pooling import NodePooling, pool_messages
+from .memory import keeps_edges
 from .neural_graphs_base import EDGE_POOLS, Editor, NeuralGraph, check_pooling, head, pooled_width
 from .neural_graphs_config import backbone_arguments, feature_arguments
 
@@ -22,12 +24,13 @@ class _Gnn(NeuralGraph):
     gnn: Pna
     rev_edge_features: bool
 
-    def _run(self, graph: GraphBatch, last_only: bool) -> tuple[Tensor, Tensor]:
-        """(nodes in plan order, messages) after all rounds."""
+    def _run(self, graph: GraphBatch, last_only: bool, edge_head=None) -> tuple[Tensor, Tensor | None]:
+        """(nodes in plan order, ``edge_head`` of the messages' features or None) after all rounds."""
         edges = message_edges(graph.plan, self.rev_edge_features)
-        e = self.construct_graph.edges(graph)
-        e = e if edges.row is None else e[edges.row]
-        return self.gnn(self.construct_graph.nodes(graph), e, edges, graph.plan, last_only=last_only)
+        x, e = self.construct_graph.nodes(graph), self.construct_graph.edges(graph, order=edges.row)
+        copies = 2 * self.gnn.num_layers if torch.is_grad_enabled() else 2
+        stores = keeps_edges(self.gnn.edge_memory, copies * e.numel() * e.element_size(), e.device)
+        return self.gnn(x, e, edges, graph.plan, last_only=last_only, stores=stores, edge_head=edge_head)
 
 
 class GNNForClassification(_Gnn):
@@ -87,7 +90,8 @@ class GNNForClassification(_Gnn):
     def forward(self, graph: GraphBatch) -> Tensor:
         self._check(graph)
         pools_edges = self.pooling_method in EDGE_POOLS
-        x, e = self._run(graph, self.pooling_layer_idx == "last" and not pools_edges)
+        reads_last = self.pooling_layer_idx == "last" and not pools_edges
+        x, e = self._run(graph, reads_last, () if pools_edges else None)
         if pools_edges:
             both_ways, which = self.rev_edge_features, self.pooling_layer_idx
             return self.proj_out(pool_messages(e, graph.plan, both_ways, self.pooling_method, which))
@@ -193,12 +197,10 @@ class GNNParams(_Gnn, Editor):
 
     def forward(self, graph: GraphBatch):
         self._check(graph)
-        x, e = self._run(graph, last_only=False)
+        x, e = self._run(graph, last_only=False, edge_head=self.proj_edge)
         forward = message_edges(graph.plan, self.rev_edge_features).forward
-        e = e if forward is None else e[forward]
-        if not self.exact_bias_readout:
-            x = x[_shifted_nodes(graph.plan, self.num_first)]
-        return self.read_back(graph, self.proj_node(x), self.proj_edge(e))
+        shifted = None if self.exact_bias_readout else _shifted_nodes(graph.plan, self.num_first)
+        return self.read_back(graph, chain(self.proj_node, x, shifted), e if forward is None else e[forward])
 
 
 def _shifted_nodes(plan: GraphPlan, places: int) -> Tensor:

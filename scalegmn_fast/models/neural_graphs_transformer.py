@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..graph import GraphBatch
 from ..graph.pairs import NodePairs, network_order, node_pairs, pair_edge_rows, pairs_of_rows
-from ..nn.fused_neural_graphs import PairFeatures
+from ..nn.fused_neural_graphs import PairFeatures, chain
 from ..nn.graph_features import GraphFeatures, VaryingGraphFeatures
 from ..nn.pooling import NodePooling, pool_pairs
 from ..nn.relational_transformer import TransformerLayer
@@ -273,8 +273,8 @@ class RelationalTransformerParams(_Transformer, Editor):
     def forward(self, graph: GraphBatch):
         self._check(graph)
         x, e, pairs = self._run(graph, reads_edges=True)
-        x, e = x[network_order(graph.plan).place], e[pairs.of_edge]
-        return self.read_back(graph, self.proj_node(x), self.proj_edge(e))
+        place = network_order(graph.plan).place
+        return self.read_back(graph, chain(self.proj_node, x, place), chain(self.proj_edge, e, pairs.of_edge))
 
 
 def _layer_args(

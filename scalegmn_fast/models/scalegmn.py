@@ -31,7 +31,7 @@ from ..nn import (
 from ..nn.rows import Rows, narrow, take
 from ..nn.work import PlannedModule
 from .config import resolve
-from .memory import available_memory
+from .memory import keeps_edges
 from .rounds import (
     Types,
     backward_messages,
@@ -230,12 +230,10 @@ class _Gnn(PlannedModule):
 
     def keeps_edges(self, plan, x: Tensor) -> bool:
         """Whether updated edge features are written out (``edge_memory``)."""
-        if self.edge_memory != "auto":
-            return self.edge_memory == "store"
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
-            return True
         copies = 2 * self.options.num_layers if torch.is_grad_enabled() else 2
-        return copies * plan.num_edges * self.options.d_hid * x.element_size() <= available_memory() / 2
+        return keeps_edges(
+            self.edge_memory, copies * plan.num_edges * self.options.d_hid * x.element_size(), x.device
+        )
 
     def whole_graph(self, graph: GraphBatch, x: Tensor) -> Tensor:
         if isinstance(self.readout, DeepSet):

@@ -32,6 +32,11 @@ def _activated(rows: TracedRows, name: str) -> TracedRows:
     return norm_act(rows, None, name, 1.0)
 
 
+def _mapped(rows: TracedRows, weight: Tensor, bias: Tensor | None = None) -> TracedRows:
+    """A linear map within the program, of table rows too: the engine maps each row once per tile."""
+    return rows._replace(form=rows.section.linear(rows.value(), weight, bias))
+
+
 # -- messages of the graph network ------------------------------------------------------------------------------------
 
 
@@ -43,27 +48,57 @@ def edge_mlp(e: TracedRows, module, x: Tensor, source: Tensor, target: Tensor) -
     return linear(_activated(hidden, module.act), module.lin1.weight, module.lin1.bias)
 
 
+class EdgeState(NamedTuple):
+    """Edge features of the messages, with the updates that they have yet to pass.
+
+    Attributes:
+        e: [M, d_e]; updates: `EdgeUpdateMlp` modules, each with the node features that it reads.
+    """
+
+    e: Tensor
+    updates: tuple = ()
+
+    def dense(self, source: Tensor, target: Tensor) -> Tensor:
+        """[R, d_e], updated, of the first R messages, those that the ends int64 [R] are of."""
+        e = self.e[: source.shape[0]]
+        for update, x in self.updates:
+            e = update(x, e, source, target)
+        return e
+
+    def trace(self, section: SectionWriter, source: Tensor, target: Tensor) -> TracedRows:
+        """The features, updated, on the rows of a section."""
+        rows = TracedRows(section, section.load(self.e))
+        for update, x in self.updates:
+            rows = edge_mlp(rows, update, x, source, target)
+        return rows
+
+
 def message_statistics(
-    conv, x: Tensor, e: Tensor, edges, to_target: Tensor, to_source: Tensor, rows: int, update, writes: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(statistics [rows, 4 F] of the messages per receiver, updated edges [M, d_e] or None) of a `PnaConv`.
+    conv, state: EdgeState, edges, to_target: Tensor, to_source: Tensor, writes: int = 0, head=()
+) -> tuple[Tensor, Tensor]:
+    """(statistics [R, 4 F] of the messages per receiver, ``head`` of the first ``writes`` edges) of a `PnaConv`.
 
     Args:
         conv: the `PnaConv`, of one tower.
-        x: node features [N, F] that ``update`` reads.
-        e: [M, d_e], of the messages into the first ``rows`` nodes.
-        edges: `MessageEdges`.
-        to_target, to_source: the halves of the first map of ``pre``, on nodes.
-        update: `EdgeUpdateMlp` that the edges pass first, or None.
-        writes: whether updated edges are returned.
+        state: the edge features, of the messages into the first R nodes or of more.
+        edges: `MessageEdges` into the first R nodes.
+        to_target [R, F], to_source [N, F]: the halves of the first map of ``pre``, on nodes.
+        writes: number of edges, all into some of the first nodes.
+        head: modules as for `chain`.
     """
-    program = RowProgram()
-    section = program.section(e.shape[0])
-    read = TracedRows(section, section.load(e))
-    if update is not None:
-        read = edge_mlp(read, update, x, edges.source, edges.target)
-        if writes:
-            section.write(read.value())
+    program, total = RowProgram(), edges.source.shape[0]
+    for count, written in ((writes, True), (total - writes, False)):
+        if count == 0 and (written or writes):
+            continue
+        section = program.section(count)
+        read = state.trace(section, edges.source, edges.target)
+        if written:
+            section.write(_chained(read, head).value())
+        section.summarize(_message(conv, read, edges, to_target, to_source).value())
+    return program.run(edges.ptr.long())
+
+
+def _message(conv, read: TracedRows, edges, to_target: Tensor, to_source: Tensor) -> TracedRows:
     width, (weight, bias) = conv.width, (conv.edge_encoder.weight, conv.edge_encoder.bias)
     first, *others = conv.linear_maps(0)
     h = read._replace(form=GatheredRows(to_target, edges.target))
@@ -73,15 +108,12 @@ def message_statistics(
         h = add(h, linear(read, maps @ weight, F.linear(bias, maps)))
     for layer in others:
         h = linear(_activated(h, "relu"), *layer)
-    if conv.modulation != "concat":
-        scale = linear(read, weight[:width], bias[:width])
-        if conv.modulation == "gate":
-            h = multiply(_activated(scale, "sigmoid"), h)
-        else:
-            h = add(multiply(scale, h), linear(read, weight[width:], bias[width:]))
-    section.summarize(h.value())
-    statistics, written = program.run(edges.ptr[: rows + 1].long())
-    return statistics, written if update is not None and writes else None
+    if conv.modulation == "concat":
+        return h
+    scale = linear(read, weight[:width], bias[:width])
+    if conv.modulation == "gate":
+        return multiply(_activated(scale, "sigmoid"), h)
+    return add(multiply(scale, h), linear(read, weight[width:], bias[width:]))
 
 
 # -- attention over pairs ---------------------------------------------------------------------------------------------
@@ -158,7 +190,7 @@ def pair_update(own: TracedRows, back: TracedRows, module, x: Tensor, pairs: Pai
     weight, bias = first.lin0_e.weight, first.lin0_e.bias
     if isinstance(own.form, GatheredRows):
         forth_map, back_map = weight.chunk(2, dim=1)
-        hidden = add(linear(own, forth_map, bias), linear(back, back_map))
+        hidden = add(_mapped(own, forth_map, bias), _mapped(back, back_map))
     else:
         hidden = linear(concat([own, back]), weight, bias)
     for layer, index in ((first.lin0_s, pairs.row), (first.lin0_t, pairs.column)):
@@ -190,7 +222,7 @@ def attention(
         section.write(e.value())
     heads, width = module.n_heads, q.shape[1]
     maps = module.qkv_edge.weight.unflatten(0, (heads, -1, width // heads)).unbind(1)
-    parts = [linear(e, part.flatten(0, 1)) for part in maps]
+    parts = [_mapped(e, part.flatten(0, 1)) for part in maps]
     query = add(parts[0], e._replace(form=GatheredRows(q, pairs.attending)))
     key = add(parts[1], e._replace(form=GatheredRows(k, pairs.column)))
     values = e._replace(form=GatheredRows(v, pairs.column))
@@ -200,27 +232,34 @@ def attention(
     return attended, PairFeatures(rows) if written else features
 
 
-# -- input features ---------------------------------------------------------------------------------------------------
+# -- chains of layers ---------------------------------------------------------------------------------------------------
 
 
-def chain(modules, rows: Tensor) -> Tensor:
-    """A chain of `FourierFeatures`, Linear and SiLU modules on rows [R, d]; fused, nothing between them is written."""
+def chain(modules, rows: Tensor, index: Tensor | None = None) -> Tensor:
+    """A chain of `FourierFeatures`, Linear, SiLU and ReLU modules on rows [R, d], or on those that int64 ``index`` names.
+
+    Fused, nothing between them is written.
+    """
     if not serves(rows):
+        rows = rows if index is None else rows[index]
         for module in modules:
             rows = module(rows)
         return rows
     program = RowProgram()
-    section = program.section(rows.shape[0])
-    traced = TracedRows(section, section.load(rows))
+    section = program.section((rows if index is None else index).shape[0])
+    section.write(_chained(TracedRows(section, section.load(rows, index)), modules).value())
+    return program.run()[1]
+
+
+def _chained(rows: TracedRows, modules) -> TracedRows:
     for module in modules:
         if isinstance(module, torch.nn.Linear):
-            traced = linear(traced, module.weight, module.bias)
-        elif isinstance(module, torch.nn.SiLU):
-            traced = _activated(traced, "silu")
+            rows = linear(rows, module.weight, module.bias)
+        elif isinstance(module, torch.nn.SiLU | torch.nn.ReLU):
+            rows = _activated(rows, type(module).__name__.lower())
         else:
-            traced = _fourier(traced, module.b)
-    section.write(traced.value())
-    return program.run()[1]
+            rows = _fourier(rows, module.b)
+    return rows
 
 
 def _fourier(rows: TracedRows, frequencies: Tensor) -> TracedRows:

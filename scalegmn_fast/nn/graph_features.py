@@ -188,15 +188,15 @@ class _GraphFeatures(nn.Module):
             rows = torch.cat([torch.cat([rows, none, rows], dim=1), torch.cat([none, rows, rows], dim=1)])
         return F.pad(rows, (0, 0, 0, 1)) if absent else rows
 
-    def edges(self, graph: GraphBatch, absent: bool = False) -> Tensor:
-        """Edge features, a row for each of `_edge_input`'s."""
+    def edges(self, graph: GraphBatch, absent: bool = False, order: Tensor | None = None) -> Tensor:
+        """Edge features, a row for each of `_edge_input`'s, or for those that int64 ``order`` names."""
         if self.zero_out_weights:
-            count = graph.num_edges * (1 + self.rev_edge_features) + absent
+            count = graph.num_edges * (1 + self.rev_edge_features) + absent if order is None else order.shape[0]
             return self.proj_edge_in.bias.expand(count, -1)
-        return self._projected_edges(graph, self._edge_input(graph, absent))
+        return self._projected_edges(graph, self._edge_input(graph, absent), order)
 
-    def _projected_edges(self, graph: GraphBatch, rows: Tensor) -> Tensor:
-        return fused_neural_graphs.chain([*self.proj_weight, self.proj_edge_in], rows)
+    def _projected_edges(self, graph: GraphBatch, rows: Tensor, order: Tensor | None) -> Tensor:
+        return fused_neural_graphs.chain([*self.proj_weight, self.proj_edge_in], rows, order)
 
     def nodes(self, graph: GraphBatch) -> Tensor:
         """Node features [N, d_node] in plan order."""
@@ -347,15 +347,16 @@ class VaryingGraphFeatures(_GraphFeatures):
         if use_act_embed:
             self.act_emb = ActivationEmbedding(d_node)
 
-    def _projected_edges(self, graph: GraphBatch, rows: Tensor) -> Tensor:
+    def _projected_edges(self, graph: GraphBatch, rows: Tensor, order: Tensor | None) -> Tensor:
         if self.linear_as_conv:
-            return super()._projected_edges(graph, rows)
+            return super()._projected_edges(graph, rows, order)
         linear = self._linear_edges(graph)
         width = graph.edge_features.shape[1]
         single = self.proj_mlp_weight(rows[: graph.num_edges, ::width])
         kernels = self.proj_weight(rows)
         chosen = torch.where(linear.unsqueeze(1), single, kernels[: graph.num_edges])
-        return self.proj_edge_in(torch.cat([chosen, kernels[graph.num_edges :]]))
+        projected = self.proj_edge_in(torch.cat([chosen, kernels[graph.num_edges :]]))
+        return projected if order is None else projected[order]
 
     def _linear_edges(self, graph: GraphBatch) -> Tensor:
         """bool [E]: weights of linear layers (of every layer where kernels have one number)."""

@@ -19,6 +19,7 @@ from ..reference.activations import activation, activation_name
 from ..reference.edge_mlp import edge_mlp
 from ..reference.pna_message import aggregate_statistics, degree_scales, pna_message
 from . import fused_neural_graphs
+from .fused_neural_graphs import EdgeState
 
 JUMPS = ("last", "cat", "max", "lstm")
 NORM_SCOPES = ("batch", "graph", "node")
@@ -110,56 +111,69 @@ class PnaConv(nn.Module):
         return [(layer.weight, layer.bias) for layer in self.pre_nns[tower] if isinstance(layer, nn.Linear)]
 
     def forward(
-        self, x: Tensor, e: Tensor, edges: MessageEdges, rows: int | None = None, update=None, writes: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """New features of the first ``rows`` nodes (all if None), and the edge features that were read.
+        self, x: Tensor, state: EdgeState, edges: MessageEdges, rows: int | None = None, writes: int = 0, head=()
+    ) -> tuple[Tensor, EdgeState]:
+        """New features of the first ``rows`` nodes (all if None), and edge features.
 
         Args:
-            x: [N, d_in]; e: [M, edge_dim] of the messages. With ``rows`` those into these rows suffice.
-            update: `EdgeUpdateMlp` that the edges pass first, or None.
-            writes: False where nobody reads the updated edges any more: those returned may then be the old ones.
+            x: [N, d_in]; state: of the messages into these rows, or of more.
+            writes: of so many edges, into the first of these rows, the result holds the features after their updates and
+                ``head`` (modules as for `fused_neural_graphs.chain`); 0: it is what was given.
         """
         rows = x.shape[0] if rows is None else rows
-        source, target = edges.source[: e.shape[0]], edges.target[: e.shape[0]]
-        known = update is None or update.act in fused_neural_graphs.ACTIVATIONS
+        if rows < x.shape[0]:
+            into = edges.into_last
+            edges = edges._replace(source=edges.source[:into], target=edges.target[:into], ptr=edges.ptr[: rows + 1])
+        known = all(update.act in fused_neural_graphs.ACTIVATIONS for update, _ in state.updates)
         if self.towers == 1 and known and fused_neural_graphs.serves(x):
-            edges = edges._replace(source=source, target=target)
-            aggregated, e = self._fused(x, e, edges, rows, update, writes)
-        else:
-            e = e if update is None else update(x, e, source, target)
-            aggregated = pna_message(
-                x,
-                e,
-                source,
-                target,
-                edges.ptr[: rows + 1],
-                pre=[self.linear_maps(tower) for tower in range(self.towers)],
-                encoder=(self.edge_encoder.weight, self.edge_encoder.bias),
-                modulation=self.modulation,
-                aggregators=self.aggregators,
-                scalers=self.scalers,
-                avg_deg_log=self.aggr_module.avg_deg_log,
-                avg_deg_lin=self.aggr_module.avg_deg_lin,
-                divide_input=self.divide_input,
-            )
+            return self._fused(x, state, edges, rows, writes, head)
+        e = state.dense(edges.source, edges.target)
+        aggregated = pna_message(
+            x,
+            e,
+            edges.source,
+            edges.target,
+            edges.ptr,
+            pre=[self.linear_maps(tower) for tower in range(self.towers)],
+            encoder=(self.edge_encoder.weight, self.edge_encoder.bias),
+            modulation=self.modulation,
+            aggregators=self.aggregators,
+            scalers=self.scalers,
+            avg_deg_log=self.aggr_module.avg_deg_log,
+            avg_deg_lin=self.aggr_module.avg_deg_lin,
+            divide_input=self.divide_input,
+        )
         own = x[:rows].unflatten(1, (-1, self.width)).expand(-1, self.towers, -1)
         joined = torch.cat([own, aggregated], dim=2)
         out = self.lin(torch.cat([post(joined[:, tower]) for tower, post in enumerate(self.post_nns)], dim=1))
-        return out, e
+        return out, EdgeState(fused_neural_graphs.chain(head, e[:writes])) if writes else state
 
-    def _fused(self, x: Tensor, e: Tensor, edges: MessageEdges, rows: int, update, writes: bool):
+    def _fused(self, x: Tensor, state: EdgeState, edges: MessageEdges, rows: int, writes: int, head):
         width, (weight, bias) = self.width, self.linear_maps(0)[0]
         to_target = F.linear(x[:rows], weight[:, :width], bias)
         to_source = F.linear(x, weight[:, width : 2 * width])
-        statistics, updated = fused_neural_graphs.message_statistics(
-            self, x, e, edges, to_target, to_source, rows, update, writes
+        statistics, written = fused_neural_graphs.message_statistics(
+            self, state, edges, to_target, to_source, writes, head
         )
-        degree = edges.ptr[: rows + 1].diff().to(statistics.dtype)
-        aggregated = aggregate_statistics(statistics, degree, self.aggregators)
+        degree = edges.ptr.diff().to(statistics.dtype)
+        parts = aggregate_statistics(statistics, degree, self.aggregators)
         averages = (self.aggr_module.avg_deg_log, self.aggr_module.avg_deg_lin)
         scales = degree_scales(degree, self.scalers, *(average.to(statistics.dtype) for average in averages))
-        scaled = [aggregated if scale is None else aggregated * scale[:, None] for scale in scales]
-        return torch.cat(scaled, dim=1).unsqueeze(1), e if updated is None else updated
+        return self.lin(self._combined(x[:rows], parts, scales)), EdgeState(written) if writes else state
+
+    def _combined(self, own: Tensor, parts: list[Tensor], scales: list[Tensor | None]) -> Tensor:
+        """``post_nn`` of [own, parts times each scale]: its first map runs on each part, so that rows of all never exist."""
+        first, *others = self.post_nns[0]
+        weights = first.weight.split(self.width, dim=1)
+        out = F.linear(own, weights[0], first.bias)
+        mapped = 0
+        for number, part in enumerate(parts, start=1):
+            mapped = mapped + F.linear(part, torch.cat(weights[number :: len(parts)]))
+        for scale, one in zip(scales, mapped.chunk(len(scales), dim=1), strict=True):
+            out = out + (one if scale is None else scale[:, None] * one)
+        for module in others:
+            out = module(out)
+        return out
 
 
 class EdgeUpdateMlp(nn.Module):
@@ -247,6 +261,7 @@ class Pna(nn.Module):
             then followed by normalisation and activation too.
         update_edge_attr: update edges between rounds; final_edge_update: have (frozen) parameters for the last, too,
             which computes nothing.
+        edge_memory: what who runs this does about ``stores``; see `models.memory`.
         others: see `PnaConv`.
     """
 
@@ -265,9 +280,11 @@ class Pna(nn.Module):
         jk: str | None = None,
         update_edge_attr: bool = False,
         final_edge_update: bool = True,
+        edge_memory: str = "auto",
         **conv,
     ):
         super().__init__()
+        self.edge_memory = edge_memory
         self.dropout, self.act_first, self.jk_mode = float(dropout), act_first, jk
         self.act = "identity" if act is None else activation_name(act)
         self.num_layers = num_layers
@@ -295,30 +312,44 @@ class Pna(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, e: Tensor, edges: MessageEdges, plan: GraphPlan, *, last_only: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        e: Tensor,
+        edges: MessageEdges,
+        plan: GraphPlan,
+        *,
+        last_only: bool = False,
+        stores: bool = True,
+        edge_head: Sequence[nn.Module] | None = (),
+    ) -> tuple[Tensor, Tensor | None]:
         """(node features, edge features of the messages) after the rounds.
 
         Args:
             x: [N, in_channels], nodes in plan order; e: [M, edge_dim], edges in the order of the messages.
-            last_only: nothing but the last layer's nodes is read: the last round computes only those (its edges too).
+            last_only: nothing but the last layer's nodes is read: the last round computes only those.
+            stores: write updated edges out, instead of updating them again in every round (row programs).
+            edge_head: modules that the edges returned pass, as for `fused_neural_graphs.chain`; None: none are read.
         """
         shrinks = last_only and self.jk_mode is None
-        rounds = []
-        update = None
+        rounds, state = [], EdgeState(e)
         for index, conv in enumerate(self.convs):
-            is_last = index == self.num_layers - 1
-            rows = plan.num_last if shrinks and is_last else None
-            read = e[: edges.into_last] if rows is not None else e
-            x, e = conv(x, read, edges, rows, update, writes=not (shrinks and is_last))
-            if is_last and self.jk_mode is None:
+            left = self.num_layers - 1 - index
+            head = edge_head if left == 0 and edge_head is not None else ()
+            writes = 0
+            if state.updates or head:
+                read = edges.into_last if shrinks and left == 1 else e.shape[0]
+                writes = read if (stores if left else edge_head is not None) else 0
+            rows = plan.num_last if shrinks and left == 0 else None
+            x, state = conv(x, state, edges, rows, writes, head)
+            if left == 0 and self.jk_mode is None:
                 break
             x = self._between(x, index, plan)
             rounds.append(x)
-            update = None if self.edge_update is None or is_last else self.edge_update[index]
+            if self.edge_update is not None and left:
+                state = state._replace(updates=(*state.updates, (self.edge_update[index], x)))
         if self.jk_mode is not None:
             x = self.lin(self._jumped(rounds))
-        return x, e
+        return x, None if edge_head is None else state.e
 
     def _between(self, x: Tensor, index: int, plan: GraphPlan) -> Tensor:
         if self.act_first:

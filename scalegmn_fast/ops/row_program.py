@@ -87,7 +87,9 @@ _backward_op = library.define(
 
 def _save(ctx, inputs, output):
     tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed = inputs
-    reduced, _, kept, extremes = output
+    reduced, rows, kept, extremes = output
+    ctx.set_materialize_grads(False)
+    ctx.rows = rows.shape, rows.dtype
     ctx.counts = len(tensors), len(indices)
     ctx.mark_non_differentiable(kept, extremes)
     ctx.save_for_backward(*tensors, *indices, ptr, seed, reduced, kept, extremes)
@@ -103,6 +105,10 @@ def _saved(ctx):
 def _first_order(ctx, grad_reduced, grad_rows, grad_kept, grad_extremes):
     tensors, indices, ptr, seed, reduced, kept, extremes = _saved(ctx)
     wanted = list(ctx.needs_input_grad[0])
+    grad_reduced = torch.zeros_like(reduced) if grad_reduced is None else grad_reduced
+    if grad_rows is None:
+        shape, dtype = ctx.rows
+        grad_rows = reduced.new_zeros(shape, dtype=dtype)
     program = (tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed)
     grads = _backward_op(grad_reduced, grad_rows, reduced, kept, extremes, *program, wanted)
     found = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
@@ -147,6 +153,7 @@ class SectionWriter:
         self.code: list[int] = []
         self.constants: list[float] = []
         self.count = 0
+        self.loaded: dict[tuple[int, int], Value] = {}
         self.reduction, self.reduced, self.logits, self.written = "none", -1, -1, -1
 
     def _step(self, op, width, a=None, b=None, tensors=(), index=None, activation="identity", p0=0.0, p1=0.0) -> Value:
@@ -161,7 +168,11 @@ class SectionWriter:
 
     def load(self, table: Tensor, index: Tensor | None = None) -> Value:
         """Rows of a table [*, d], by their numbers in the program or by index [R]."""
-        return self._step("load", table.shape[1], tensors=(self.program.cast(table),), index=index)
+        table = self.program.cast(table)
+        key = self.program.tensor(table), -1 if index is None else self.program.index(index)
+        if key not in self.loaded:
+            self.loaded[key] = self._step("load", table.shape[1], tensors=(table,), index=index)
+        return self.loaded[key]
 
     def load_mul(self, a: Value, table: Tensor, index: Tensor | None = None) -> Value:
         """a times rows of a table."""

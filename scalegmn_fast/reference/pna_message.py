@@ -63,8 +63,8 @@ def degree_scales(
     return scales
 
 
-def aggregate_statistics(statistics: Tensor, degree: Tensor, aggregators: Sequence[str]) -> Tensor:
-    """[R, K * F]: the aggregators' results from mean, variance, minimum and maximum, [R, 4 * F], and in-degrees [R]."""
+def aggregate_statistics(statistics: Tensor, degree: Tensor, aggregators: Sequence[str]) -> list[Tensor]:
+    """The aggregators' results, [R, F] each, from mean, variance, minimum and maximum, [R, 4 * F], and in-degrees [R]."""
     mean, var, least, largest = statistics.chunk(4, dim=1)
     found = []
     for name in aggregators:
@@ -75,7 +75,7 @@ def aggregate_statistics(statistics: Tensor, degree: Tensor, aggregators: Sequen
             found.append(torch.where(above, torch.where(above, var, 1.0).sqrt(), 0.0))
         else:
             found.append({"mean": mean, "var": var, "min": least, "max": largest}[name])
-    return torch.cat(found, dim=1)
+    return found
 
 
 def pna_message(

@@ -148,7 +148,7 @@ def test_edges_are_recomputed_where_they_would_not_fit(monkeypatch):
     x = graph.node_features
     needed = 2 * model.options.num_layers * graph.plan.num_edges * model.options.d_hid * 8
     for available, keeps in ((2 * needed, True), (2 * needed - 1, False)):
-        monkeypatch.setattr("scalegmn_fast.models.scalegmn.available_memory", lambda available=available: available)
+        monkeypatch.setattr("scalegmn_fast.models.memory.available_memory", lambda available=available: available)
         assert model.gnn.keeps_edges(graph.plan, x) is keeps
     model.gnn.edge_memory = "store"
     assert model.gnn.keeps_edges(graph.plan, x)
