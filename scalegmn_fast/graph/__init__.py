@@ -4,5 +4,7 @@ from .architecture import Architecture
 from .batch import GraphBatch
 from .cnns import from_cnns
 from .plan import GraphPlan
+from .traced import SymmetryError, TracedNetwork
+from .tracing import trace
 
-__all__ = ["Architecture", "GraphBatch", "GraphPlan", "from_cnns"]
+__all__ = ["Architecture", "GraphBatch", "GraphPlan", "SymmetryError", "TracedNetwork", "from_cnns", "trace"]
