@@ -6,7 +6,8 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from .architecture import ACTIVATION_NAMES, Architecture
 from .batch import GraphBatch
 from .builders import _check_list, _edge_features, _Grid
 from .plan import FIRST, HIDDEN, LAST, GraphPlan
-from .wires import BOTH, SCALE, SIGN, GroupElement, NeuronClass, random_element
+from .wires import BOTH, SCALE, SIGN, Element, NeuronClass, random_element
 
 TOLERANCE = 1e-8
 _KINDS = {"sign": SIGN, "scale": SCALE, "sign and scale": BOTH, "permutation": 0, "fixed": 0}
@@ -85,7 +86,7 @@ class Action(NamedTuple):
     factors: tuple[tuple[np.ndarray, int], ...]
     columns: np.ndarray | None = None
 
-    def apply(self, tensor: Tensor, element: GroupElement) -> None:
+    def apply(self, tensor: Tensor, element: Element) -> None:
         """Move the elements within a parameter, in place."""
         values = self.part.read({self.part.name: tensor})
         moved = values[_moved(self.rows, element)]
@@ -97,7 +98,7 @@ class Action(NamedTuple):
         tensor.view(-1)[self.part.elements().reshape(-1)] = moved.reshape(-1).to(tensor.dtype)
 
 
-def _moved(wires: np.ndarray, element: GroupElement) -> Tensor:
+def _moved(wires: np.ndarray, element: Element) -> Tensor:
     """Where the entries of each wire come from: the n-th of a wire from the n-th of the one that takes its place."""
     old = element.moved.numpy()[wires]
     order, by_old = np.argsort(old, kind="stable"), np.argsort(wires, kind="stable")
@@ -126,8 +127,9 @@ class TracedNetwork:
     node_of: np.ndarray  # wire -> the wire whose node it shares
     activations: dict[int, str]
     inputs: tuple[Tensor, ...]
-    kernel_size: tuple[int, int] | None = None
-    _layout: dict = field(default_factory=dict, repr=False)
+    kernel_size: tuple[int, int] | None
+    input_value: float
+    shapes: dict[str, tuple[int, ...]]  # of the parameters and buffers that are read
 
     # -- the graph ---------------------------------------------------------------------------------------------------
 
@@ -146,7 +148,7 @@ class TracedNetwork:
             KeyError: a parameter that is missing; ValueError: one of another shape.
         """
         _check_list("networks", networks)
-        graph = self._graph()
+        graph = self._graph
         nodes, edges = [], []
         for index, network in enumerate(networks):
             tensors = _tensors(f"networks[{index}]", network)
@@ -168,13 +170,13 @@ class TracedNetwork:
     def layout(self) -> tuple[int, ...]:
         """Neurons per layer, where a layer is all neurons at one longest distance from the inputs, first and last ones
         apart: the ``layer_layout`` that a model's configuration needs."""
-        plan = self._graph().plan
+        plan = self._graph.plan
         widths = plan.layer_widths()[0]
         return (plan.num_first, *widths[1:-1], plan.num_last)
 
     @property
     def num_edges(self) -> int:
-        return self._graph().plan.num_edges
+        return self._graph.plan.num_edges
 
     def _grid(self) -> _Grid:
         kernels = [edges.kernel for edges in self.edges if edges.kernel is not None] + [(1, 1)]
@@ -184,10 +186,9 @@ class TracedNetwork:
             (height, width), most = self.kernel_size, 1
         return _Grid(height, width, max(height * width, most), (height - 1) // 2 * width + (width - 1) // 2)
 
+    @cached_property
     def _graph(self) -> _Graph:
-        if "graph" not in self._layout:
-            self._layout["graph"] = _Graph.of(self, self._grid())
-        return self._layout["graph"]
+        return _Graph.of(self, self._grid())
 
     def _edge_features(self, tensors: Mapping[str, Tensor]) -> Tensor:
         grid, like = self._grid(), next(iter(tensors.values()))
@@ -205,16 +206,17 @@ class TracedNetwork:
         return torch.cat(found)
 
     def _node_features(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        graph = self._graph()
+        graph = self._graph
         bias = next(iter(tensors.values())).new_zeros(graph.num_nodes)
         for edges in self.edges:
             if edges.bias is not None:
                 nodes = torch.from_numpy(graph.node[self.node_of[edges.receivers]]).to(bias.device)
                 bias = bias.index_add(0, nodes, edges.bias(tensors))
-        return bias
+        first = torch.from_numpy(graph.node_class == FIRST).to(bias.device)
+        return torch.where(first, self.input_value, bias)
 
     def _check_shapes(self, label: str, tensors: Mapping[str, Tensor]) -> None:
-        for name, shape in self._layout["shapes"].items():
+        for name, shape in self.shapes.items():
             if name not in tensors:
                 raise KeyError(f"{label} must hold {name!r}")
             if tuple(tensors[name].shape) != shape:
@@ -222,7 +224,7 @@ class TracedNetwork:
 
     def _symmetry(self) -> tuple[str, Tensor | None]:
         """(symmetry that all hidden nodes have, bool per node: True for sign)."""
-        graph = self._graph()
+        graph = self._graph
         kinds = np.full(graph.num_nodes, BOTH)
         wire_kinds = np.zeros(len(self.node_of), dtype=np.int64)
         for neurons in self.classes:
@@ -244,7 +246,7 @@ class TracedNetwork:
         return name, torch.from_numpy(signs)
 
     def _architecture(self) -> Architecture:
-        graph = self._graph()
+        graph = self._graph
         layer = np.empty(graph.num_nodes, dtype=np.int64)
         layer[graph.node_order.numpy()] = graph.plan.node_layer.numpy()
         convolutions = np.zeros(graph.plan.max_layer + 1, dtype=bool)
@@ -261,11 +263,11 @@ class TracedNetwork:
 
     # -- the group ---------------------------------------------------------------------------------------------------
 
-    def random_element(self, generator: torch.Generator | None = None) -> GroupElement:
+    def random_element(self, generator: torch.Generator | None = None) -> Element:
         """Any permutation within each class, signs, and scales between 1/2 and 2."""
         return random_element(self.classes, *self.scale_sets, generator)
 
-    def transform(self, module: nn.Module, element: GroupElement) -> None:
+    def transform(self, module: nn.Module, element: Element) -> None:
         """Apply a group element to a module's parameters and buffers, in place.
 
         Raises:
@@ -330,7 +332,7 @@ class TracedNetwork:
             for x in self.inputs
         )
 
-    def _error(self, network: nn.Module, inputs, element: GroupElement) -> float:
+    def _error(self, network: nn.Module, inputs, element: Element) -> float:
         other = copy.deepcopy(network)
         self.transform(other, element)
         with torch.no_grad(), plain_attention():
@@ -338,15 +340,15 @@ class TracedNetwork:
         pairs = [(a, b) for a, b in zip(before, after, strict=True) if isinstance(a, Tensor)]
         return max(float((a - b).norm() / a.norm().clamp_min(1e-30)) for a, b in pairs)
 
-    def _culprits(self, network: nn.Module, inputs, element: GroupElement, tolerance: float) -> str:
-        _, scale_set, found = None, self.scale_sets[0], []
+    def _culprits(self, network: nn.Module, inputs, element: Element, tolerance: float) -> str:
+        scale_set, found = self.scale_sets[0], []
         for neurons in self.classes:
             wires = np.flatnonzero(np.isin(scale_set, scale_set[neurons.members]))
             moved, scale = torch.arange(len(element.moved)), torch.ones_like(element.scale)
             moved[neurons.members] = element.moved[neurons.members]
             scale[wires] = element.scale[wires]
             try:
-                holds = self._error(network, inputs, GroupElement(moved, scale)) <= tolerance
+                holds = self._error(network, inputs, Element(moved, scale)) <= tolerance
             except SymmetryError:
                 holds = False
             if not holds:
@@ -357,7 +359,7 @@ class TracedNetwork:
 
     def report(self) -> str:
         """The group that was kept, the graph, and what was not understood, as text."""
-        graph = self._graph()
+        graph = self._graph
         plan = graph.plan
         lines = [
             f"graph: {plan.num_nodes} neurons, {plan.num_edges} edges of {self._grid().d_e} numbers, "

@@ -27,7 +27,7 @@ from .wires import BOTH, SCALE, SIGN, Wires
 #: What an elementwise function of one value leaves of its neurons' scalings.
 _ELEMENTWISE = {
     **dict.fromkeys(("dropout", "alpha_dropout", "feature_dropout", "neg", "contiguous", "clone", "alias"), BOTH),
-    **dict.fromkeys(("detach", "to", "_to_copy", "type_as", "upsample_nearest2d", "upsample_bilinear2d"), BOTH),
+    **dict.fromkeys(("detach", "to", "_to_copy", "type_as"), BOTH),
     **dict.fromkeys(("relu", "leaky_relu", "rrelu", "abs"), SCALE),
     **dict.fromkeys(("tanh", "sin", "asinh", "sinh", "atan", "erf", "softshrink", "hardshrink"), SIGN),
     **dict.fromkeys(("gelu", "silu", "sigmoid", "elu", "selu", "celu", "softplus", "mish", "hardswish"), 0),
@@ -42,6 +42,7 @@ _MOVING = (
 _POOLS = {
     **dict.fromkeys(("max_pool1d", "max_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d"), SCALE),
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"), BOTH),
+    **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d"), BOTH),
 }
 _REDUCTIONS = {"mean": BOTH, "sum": BOTH, "amax": SCALE}
 #: How far to look for the operation that decides what the neurons of an input are.
@@ -70,7 +71,8 @@ def trace(
     *inputs: Tensor,
     fold_batch_norm: bool = True,
     kernel_size: tuple[int, int] | None = None,
-    activations: bool = True,
+    input_value: float | None = None,
+    unknown: str = "error",
 ) -> TracedNetwork:
     """The graph and the symmetry group of a feed-forward module.
 
@@ -87,7 +89,10 @@ def trace(
         kernel_size: height and width that kernels are padded to, None for the largest. Larger kernels, pixels of a
             flattened channel and position embeddings that have more numbers than that are spread over nodes that repeat
             the sending neuron.
-        activations: name the neurons' activations in the batches' ``architectures``.
+        input_value: node feature of input neurons; None for 1 in networks of linear layers and 0 in networks with
+            convolutions, as the published models have it.
+        unknown: what becomes of an operation that is not supported. "error": a ValueError. "fix": all neurons that it
+            reads lose their symmetries and go into one neuron, which stands for its result; the report names it.
 
     Returns:
         A `TracedNetwork`: ``batch`` makes graphs, ``report`` says what was kept and what was not understood, ``verify``
@@ -107,10 +112,11 @@ def trace(
             raise TypeError(f"inputs[{index}] must be a torch.Tensor, got {type(value).__name__}")
     if kernel_size is not None and (len(kernel_size) != 2 or min(kernel_size) < 1):
         raise ValueError(f"kernel_size must be two positive integers, height and width, got {kernel_size!r}")
-    program = _exported(module, inputs)
-    tracer = _Tracer(program, fold_batch_norm)
+    if unknown not in ("error", "fix"):
+        raise ValueError(f"unknown must be error or fix, got {unknown!r}")
+    tracer = _Tracer(_exported(module, inputs), fold_batch_norm, unknown == "fix")
     tracer.run(inputs)
-    return tracer.network(module, inputs, kernel_size, activations)
+    return tracer.network(module, inputs, kernel_size, input_value)
 
 
 def _exported(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
@@ -153,8 +159,8 @@ def _name(node: torch.fx.Node) -> str:
 class _Tracer:
     """One run over a program."""
 
-    def __init__(self, program: torch.export.ExportedProgram, fold: bool):
-        self.program, self.fold = program, fold
+    def __init__(self, program: torch.export.ExportedProgram, fold: bool, fixes_unknown: bool):
+        self.program, self.fold, self.fixes_unknown = program, fold, fixes_unknown
         self.wires = Wires()
         self.edges: list[Edges] = []
         self.actions: list[Action] = []
@@ -223,6 +229,8 @@ class _Tracer:
             result = self._pooled(args[0], _POOLS[name], 1 if name.endswith("1d") else 2)
         elif name in _REDUCTIONS:
             result = self._reduced(_REDUCTIONS[name], **self._bound(node, args, kwargs))
+        elif self.fixes_unknown:
+            result = self._unknown(operands)
         else:
             raise self.unsupported("is not supported")
         if isinstance(result, Value):
@@ -234,11 +242,14 @@ class _Tracer:
         return result
 
     def _bound(self, node, args, kwargs) -> dict[str, Any]:
-        """Arguments by the names of the operator's schema."""
+        """Arguments by the names of the operator's schema; "value" is its first one, a number to fill with "fill"."""
         schema = node.target._schema.arguments
         given = dict(zip((arg.name for arg in schema), args, strict=False)) | dict(kwargs)
         bound = {arg.name: given.get(arg.name, arg.default_value) for arg in schema}
-        return {("value" if name in ("self", "input") else name): value for name, value in bound.items()}
+        if "self" in bound or "input" in bound:
+            renamed = {"self": "value", "input": "value", "value": "fill"}
+            bound = {renamed.get(name, name): value for name, value in bound.items()}
+        return bound
 
     @property
     def place(self) -> str:
@@ -558,6 +569,20 @@ class _Tracer:
                 self.activations.update(dict.fromkeys(wires.tolist(), name))
         return Value(self.shape, value.factors, value.edges if kinds == BOTH and name != "neg" else ())
 
+    def _unknown(self, operands: list[Value | Part]):
+        """One fixed neuron for the result of an operation, which reads fixed ones."""
+        hub = self.wires.new(1, self._what, fixed=True)
+        read = [_numbers(factor) for value in operands if isinstance(value, Value) for factor in value.factors]
+        read = np.unique(np.concatenate([*read, np.zeros(0, dtype=np.int64)]))
+        self.wires.fix(read)
+        self.connect("structure", read, np.repeat(hub, len(read)))
+        weights = ", ".join(sorted({part.name for part in operands if isinstance(part, Part)}))
+        self.note(f"{_name(self.node)} is not understood: what it reads is fixed{weights and f', and not in it: {weights}'}")
+        results = self.node.meta["val"]
+        shapes = [tuple(value.shape) for value in ([results] if isinstance(results, Tensor) else results)]
+        found = [Value(shape, [torch.from_numpy(hub).reshape([1] * len(shape))]) for shape in shapes]
+        return found[0] if isinstance(results, Tensor) else found
+
     def op_hardtanh(self, value, min_val, max_val):
         self._restrict(value, SIGN if min_val == -max_val else 0)
         return replace(value, edges=())
@@ -795,16 +820,16 @@ class _Tracer:
     def op_masked_fill(self, value, mask, **_):
         return self._with_constant(value, mask, adds=True)
 
-    def op_constant_pad_nd(self, value, pad, **values):
+    def op_constant_pad_nd(self, value, pad, fill=None, **_):
         padded = {len(value.shape) - 1 - k // 2 for k, size in enumerate(pad) if size}
         if any(value.varying(factor) & padded for factor in value.factors):
             raise self.unsupported("pads along neurons")
-        if values.get("value") not in (0, None):
+        if fill not in (0, None):
             self._restrict(value, 0)
         return Value(self.shape, value.factors, ())
 
-    def op_pad(self, value, pad, mode, **values):
-        return self.op_constant_pad_nd(value, pad, **(values if mode == "constant" else {}))
+    def op_pad(self, value, pad, mode, fill=None):
+        return self.op_constant_pad_nd(value, pad, fill if mode == "constant" else None)
 
     def _with_constant(self, value: Value, other, *, adds: bool) -> Value:
         """A number or a constant tensor is added or multiplied: neurons that it differs between stay where they are."""
@@ -960,21 +985,22 @@ class _Tracer:
             node_of = moved[node_of]
         return node_of
 
-    def network(self, module: nn.Module, inputs, kernel_size, activations: bool) -> TracedNetwork:
+    def network(self, module: nn.Module, inputs, kernel_size, input_value: float | None) -> TracedNetwork:
         """What was found."""
         classes, scale_set, power = self.wires.classes()
         signature = self.program.graph_signature
         for name in signature.inputs_to_parameters.values():
             if name not in self.seen:
                 self.notes.append((name.rpartition(".")[0], f"{name} is not used"))
-        network = TracedNetwork(
-            classes, self.notes, self.edges, self.actions, (scale_set, power), self.nodes(),
-            self.activations if activations else {}, inputs, kernel_size,
-        )  # fmt: skip
         tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-        names = {action.part.name for action in self.actions}
-        network._layout["shapes"] = {name: tuple(tensors[name].shape) for name in sorted(names)}
-        return network
+        if input_value is None:
+            input_value = 0.0 if any(edges.kind == "convolution" for edges in self.edges) else 1.0
+        return TracedNetwork(
+            classes=classes, notes=self.notes, edges=self.edges, actions=self.actions, scale_sets=(scale_set, power),
+            node_of=self.nodes(), activations=self.activations, inputs=inputs, kernel_size=kernel_size,
+            input_value=input_value,
+            shapes={name: tuple(tensors[name].shape) for name in sorted({action.part.name for action in self.actions})},
+        )  # fmt: skip
 
 
 def supported_operations() -> str:

@@ -41,7 +41,7 @@ class NeuronClass(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GroupElement:
+class Element:
     """An element of a traced network's group: the new wire k is the old wire ``moved[k]`` times ``scale[k]``.
 
     ``moved`` int64 [wires], ``scale`` float64 [wires].
@@ -165,7 +165,7 @@ class Wires:
 
 def random_element(
     classes: Sequence[NeuronClass], scale_set: np.ndarray, power: np.ndarray, generator: torch.Generator | None = None
-) -> GroupElement:
+) -> Element:
     """Any permutation within each class, signs, and scales between 1/2 and 2. Deterministic for a seeded generator."""
     count = len(scale_set)
     moved = torch.arange(count)
@@ -182,4 +182,4 @@ def random_element(
     roots = torch.from_numpy(scale_set)
     magnitude = torch.exp2(log_scale[roots] * torch.from_numpy(power))
     factor = torch.where(may_scale, magnitude, 1.0) * torch.where(may_flip, sign[roots], 1.0)
-    return GroupElement(moved, factor)
+    return Element(moved, factor)
