@@ -93,6 +93,15 @@ def compiled_module() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
+def _native_missing() -> str:
+    """Why the compiled module cannot be used; "" if it can."""
+    return compiled_module()[1]
+
+
+# What `torch.compiler.assume_constant_result` sets; that would import the compiler, which doubles the time of an import.
+_native_missing._dynamo_marked_constant = True
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels run under Triton's interpreter, which also takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -131,7 +140,7 @@ def why_not(name: str, op: str, tensor: Tensor) -> str | None:
     if tensor.dtype not in DTYPES[name]:
         return f"it does not take {tensor.dtype}"
     if name == "cpp":
-        return compiled_module()[1] or None if device == "cpu" else f"it serves CPU tensors, got {device}"
+        return _native_missing() or None if device == "cpu" else f"it serves CPU tensors, got {device}"
     if name == "triton":
         if device != "cuda" and not (device == "cpu" and triton_interpreted()):
             return f"it serves CUDA tensors (CPU ones with TRITON_INTERPRET=1), got {device}"

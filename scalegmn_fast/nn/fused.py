@@ -34,10 +34,12 @@ def _sections(program: RowProgram, classes: RowClasses, cut: int) -> Iterator[tu
     absent = tuple(name for name in CLASS_NAMES if name not in present)
     for name in present:
         start, length = classes.range_of(name)
-        bounds = sorted({start, start + length, min(max(cut, start), start + length)})
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True) if length else [(0, 0)]:
-            yield program.section(end - begin), {"row_class": name, "absent": absent}, end <= cut
-            absent = ()
+        stop = start + length
+        middle = min(max(cut, start), stop)
+        for begin, end, before in ((start, middle, True), (middle, stop, False)):
+            if end > begin or (before and not length):
+                yield program.section(end - begin), {"row_class": name, "absent": absent}, before
+                absent = ()
 
 
 def _read_edges(section: SectionWriter, context: dict, e: Rows, order: Tensor | None) -> TracedRows:

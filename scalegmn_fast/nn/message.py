@@ -154,7 +154,8 @@ class MessageProduct(Message):
         """``f(edge rows)``: `product` on the rows of a section."""
         factored = isinstance(e, FactoredEdges) and (e.types is None or edges.pairs is not None)
         if factored and e.offsets is None and e.weights.shape[1] == 1:
-            pairs = self.product(x, e, edges)
+            own = e if edges.order is not None else narrow(e, 0, edges.sender.shape[0])
+            pairs = self.product(x, own, edges)
             return lambda rows: rows._replace(form=pairs)
         senders = GatheredRows(self.w_v(x), edges.sender)
         return lambda rows: multiply(linear(rows, self.w_e.weight), rows._replace(form=senders))
