@@ -16,6 +16,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -260,7 +261,8 @@ class GraphPlan:
     def from_layout(layout: Sequence[int], num_graphs: int) -> GraphPlan:
         """Plan of ``num_graphs`` networks with dense layers of the given sizes.
 
-        Cached: the plans used last, at most 256 of them and together at most 2^22 edges.
+        Cached: the plans used last, at most 256 of them and together at most 2^22 edges. A compiled or exported program
+        makes its plan anew, for a number of graphs that may vary.
 
         Raises:
             ValueError: a layout of fewer than two layers or with an empty layer; ``num_graphs`` below 1.
@@ -270,6 +272,8 @@ class GraphPlan:
             raise ValueError(f"layout must hold at least two positive layer sizes, got {list(layout)}")
         if num_graphs < 1:
             raise ValueError(f"num_graphs must be at least 1 (an empty batch has no plan), got {num_graphs}")
+        if torch.compiler.is_compiling():
+            return _plan_of_layout(layout, num_graphs)
         return _cache.get((layout, int(num_graphs)), _plan_of_layout)
 
     @staticmethod
@@ -411,40 +415,38 @@ def _tensors(**arrays: np.ndarray) -> dict[str, Tensor]:
 
 
 def _plan_of_layout(layout: tuple[int, ...], num_graphs: int) -> GraphPlan:
+    """In PyTorch's operators, so that compiled and exported programs build plans of any number of graphs."""
     depth = len(layout) - 1
     _check_size(num_graphs * sum(layout), num_graphs * sum(a * b for a, b in zip(layout[:-1], layout[1:], strict=True)))
-    graphs = np.arange(num_graphs, dtype=np.int32)
-    blocks, node_graph, node_layer, node_position, indegree, outdegree = [], [], [], [], [], []
+    count = partial(torch.arange, dtype=torch.int32, device="cpu")
+    blocks, graph, layers, position, indegree, outdegree = [], [], [], [], [], []
     source, target, source_order = [], [], []
     node = edge = 0
     for layer in range(depth, -1, -1):
         width = layout[layer]
         fan_in, fan_out = layout[layer - 1] if layer else 0, layout[layer + 1] if layer < depth else 0
-        rows, count = num_graphs * width, num_graphs * width * fan_in
-        blocks.append(Block(LAST if layer == depth else HIDDEN if layer else FIRST, depth - layer, rows, count))
-        node_graph.append(np.repeat(graphs, width))
-        node_layer.append(np.full(rows, layer, dtype=np.int32))
-        node_position.append(np.tile(np.arange(width, dtype=np.int32), num_graphs))
-        indegree.append(np.full(rows, fan_in))
-        outdegree.append(np.full(rows, fan_out))
+        rows, edges = num_graphs * width, num_graphs * width * fan_in
+        blocks.append(Block(LAST if layer == depth else HIDDEN if layer else FIRST, depth - layer, rows, edges))
+        graph.append(count(num_graphs).unsqueeze(1).expand(num_graphs, width).reshape(-1))
+        layers.append(count(1).add(layer).expand(rows))
+        position.append(count(width).repeat(num_graphs))
+        indegree.append(count(1).add(fan_in).expand(rows))
+        outdegree.append(count(1).add(fan_out).expand(rows))
         if layer:
             shape = (num_graphs, width, fan_in)
-            target.append(np.repeat(np.arange(node, node + rows, dtype=np.int32), fan_in))
-            senders = np.arange(node + rows, node + rows + num_graphs * fan_in, dtype=np.int32)
-            source.append(np.broadcast_to(senders.reshape(num_graphs, 1, fan_in), shape).reshape(-1))
-            source_order.append(
-                np.arange(edge, edge + count, dtype=np.int32).reshape(shape).transpose(0, 2, 1).reshape(-1)
-            )
+            target.append(count(node, node + rows).unsqueeze(1).expand(rows, fan_in).reshape(-1))
+            senders = count(node + rows, node + rows + num_graphs * fan_in)
+            source.append(senders.reshape(num_graphs, 1, fan_in).expand(shape).reshape(-1))
+            source_order.append(count(edge, edge + edges).reshape(shape).transpose(1, 2).reshape(-1))
         node += rows
-        edge += count
+        edge += edges
     blocks = tuple(blocks)
+    start = count(1)
     return GraphPlan(
-        **_tensors(
-            source=np.concatenate(source), target=np.concatenate(target), target_ptr=_offsets(np.concatenate(indegree)),
-            source_order=np.concatenate(source_order), source_ptr=_offsets(np.concatenate(outdegree)),
-            node_graph=np.concatenate(node_graph), node_layer=np.concatenate(node_layer),
-            node_position=np.concatenate(node_position),
-        ),
+        source=torch.cat(source), target=torch.cat(target), source_order=torch.cat(source_order),
+        target_ptr=torch.cat([start, *indegree]).cumsum(0, dtype=torch.int32),
+        source_ptr=torch.cat([start, *outdegree]).cumsum(0, dtype=torch.int32),
+        node_graph=torch.cat(graph), node_layer=torch.cat(layers), node_position=torch.cat(position),
         num_graphs=num_graphs, blocks=blocks, parts=(Part(layout, num_graphs, blocks),), max_layer=depth,
         edges_from_first=num_graphs * layout[0] * layout[1],
     )  # fmt: skip

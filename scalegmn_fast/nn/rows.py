@@ -145,13 +145,22 @@ def linear(rows: Rows, weight: Tensor, bias: Tensor | None = None) -> Tensor | T
         out = rows.scale * F.linear(rows.table, weight)[rows.index]
         return out if bias is None else out + bias
     if isinstance(rows, MappedRows):
-        if count(rows) < rows.weight.shape[1]:
+        if _surely(count(rows) < rows.weight.shape[1]):
             return linear(dense(rows), weight, bias)
         composed = rows.bias if rows.bias is None else F.linear(rows.bias, weight, bias)
         return linear(rows.hidden, weight @ rows.weight, bias if composed is None else composed)
     maps = weight @ rows.maps
     offsets = bias if rows.offsets is None else F.linear(rows.offsets, weight, bias)
     return _apply_maps(rows.weights, maps, offsets, rows.types)
+
+
+def _surely(condition: bool) -> bool:
+    """A condition on sizes; in a program for sizes that vary, whether it holds for all."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def dense(rows: Rows) -> Tensor | TracedRows:

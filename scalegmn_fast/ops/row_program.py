@@ -30,9 +30,14 @@ _CODES = {name: code for code, name in enumerate(OPERATIONS)}
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
+def _given(indices: list[Tensor], bounds: list[int]) -> list[Tensor]:
+    """The indices without the one of no rows that stands for none: AOTInductor cannot pass an empty list of tensors."""
+    return [] if len(indices) == 1 and indices[0].shape[0] == 0 < bounds[-1] else indices
+
+
 def _forward(tensors, indices, bounds, code, constants, ptr, seed):
     kernel = backends.implementation("row_program", "forward", tensors[0])
-    return kernel(tensors, indices, bounds, code, constants, ptr, seed)
+    return kernel(tensors, _given(indices, bounds), bounds, code, constants, ptr, seed)
 
 
 def _forward_fake(tensors, indices, bounds, code, constants, ptr, seed):
@@ -60,8 +65,9 @@ def _backward(
 ):
     kernel = backends.implementation("row_program", "backward", tensors[0])
     return kernel(
-        grad_reduced, grad_rows, reduced, kept, extremes, tensors, indices, bounds, code, constants, ptr, seed, wanted
-    )
+        grad_reduced, grad_rows, reduced, kept, extremes, tensors, _given(indices, bounds), bounds, code, constants, ptr,
+        seed, wanted,
+    )  # fmt: skip
 
 
 def _backward_fake(
@@ -304,7 +310,8 @@ class RowProgram:
             code += [section.reduced, section.logits, *section.code]
             constants += section.constants
         seed = torch.randint(0, 2**32, (2,)) if self.masks else None
-        return self.tensors, self.indices, bounds, code, constants, ptr, seed
+        indices = self.indices or [torch.empty(0, dtype=torch.long, device=self.tensors[0].device)]
+        return self.tensors, indices, bounds, code, constants, ptr, seed
 
 
 def row_program(program: RowProgram, ptr: Tensor | None = None) -> tuple[Tensor, Tensor]:
