@@ -261,8 +261,8 @@ class GraphPlan:
     def from_layout(layout: Sequence[int], num_graphs: int) -> GraphPlan:
         """Plan of ``num_graphs`` networks with dense layers of the given sizes.
 
-        Cached: the plans used last, at most 256 of them and together at most 2^22 edges. A compiled or exported program
-        makes its plan anew, for a number of graphs that may vary.
+        Cached: the plans used last, at most 256 of them and together at most 2^22 edges. A compiled program, and an
+        exported one for any number of graphs, makes its plan anew.
 
         Raises:
             ValueError: a layout of fewer than two layers or with an empty layer; ``num_graphs`` below 1.
@@ -272,7 +272,7 @@ class GraphPlan:
             raise ValueError(f"layout must hold at least two positive layer sizes, got {list(layout)}")
         if num_graphs < 1:
             raise ValueError(f"num_graphs must be at least 1 (an empty batch has no plan), got {num_graphs}")
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() or isinstance(num_graphs, torch.SymInt):
             return _plan_of_layout(layout, num_graphs)
         return _cache.get((layout, int(num_graphs)), _plan_of_layout)
 

@@ -1,9 +1,11 @@
 """How an op enters PyTorch: schema, device implementation, fake, autocast rule, and second derivatives."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "scalegmn_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -21,12 +23,24 @@ def define(name: str, signature: str, implementation: Callable, fake: Callable) 
     Under autocast the op runs as it would without: in the dtypes it is given, accumulating in float32.
     """
     LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _without_forward_mode(name, implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     for key in AUTOCAST_KEYS:
         LIBRARY.impl(name, _without_autocast(op, key), key, with_keyset=True)
     return op
+
+
+def _without_forward_mode(name: str, implementation: Callable) -> Callable:
+    """PyTorch would drop the tangents of an op that has none, and give 0."""
+
+    @functools.wraps(implementation)
+    def kernel(*args):
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(f"{name} has no forward-mode derivative (jvp); use reverse mode")
+        return implementation(*args)
+
+    return kernel
 
 
 def _without_autocast(op: torch._ops.OpOverload, key: str) -> Callable:
