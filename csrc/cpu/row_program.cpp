@@ -6,8 +6,6 @@
 namespace scalegmn::SCALEGMN_ISA {
 namespace {
 
-constexpr double layer_norm_eps = 1e-5;
-
 // -- elementwise ------------------------------------------------------------------------------------------------------
 
 // 1 / d for d in [1, 2^126], to 1 unit in the last place; several times faster than a division in vectors of floats.
@@ -84,7 +82,7 @@ template <class A>
 inline __attribute__((always_inline)) Moments<A> moments(const A* x, int64_t width) {
   const A mean = row_sum<A>(width, [=](int64_t i) { return x[i]; }) / A(width);
   const A squares = row_sum<A>(width, [=](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
-  return {mean, A(1) / square_root(squares / A(width) + A(layer_norm_eps))};
+  return {mean, A(1) / square_root(squares / A(width) + A(row_norm_eps))};
 }
 
 // -- one step on a tile -----------------------------------------------------------------------------------------------
@@ -106,10 +104,6 @@ struct Tile {
   // Where a step adds its contribution to the gradient of a; null: nowhere.
   A* grad_of_a(const RowStep& step) const { return step.a < 0 || step.passes_a ? nullptr : grad(step.a); }
 };
-
-inline int64_t index_at(const RowIndex& index, int64_t row) {
-  return index.wide ? static_cast<const int64_t*>(index.data)[row] : int64_t(static_cast<const int32_t*>(index.data)[row]);
-}
 
 void gemm(const RowProgramArgs& args, char ta, char tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
           const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
@@ -395,8 +389,8 @@ inline __attribute__((always_inline)) BranchMoments<A> branch_moments(const A* h
     squares_plus += plus * plus;
     squares_minus += minus * minus;
   }
-  return {mean, A(1) / square_root(squares_plus / A(width) + A(layer_norm_eps)),
-          A(1) / square_root(squares_minus / A(width) + A(layer_norm_eps))};
+  return {mean, A(1) / square_root(squares_plus / A(width) + A(row_norm_eps)),
+          A(1) / square_root(squares_minus / A(width) + A(row_norm_eps))};
 }
 
 template <bool keep, Activation activation, class A>
@@ -465,20 +459,12 @@ void forward_normalize(const Tile<A>& t, const RowStep& step) {
   }
 }
 
-// A counter-based generator: the mask depends on the seed, the stream, the row and the column alone. The mixing function
-// is the 32-bit finaliser "lowbias32" by C. Wellons.
-inline __attribute__((always_inline)) uint32_t mix(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
 template <class A>
 void apply_dropout(const Tile<A>& t, const RowStep& step, const A* from, A* to, bool accumulate) {
   const int64_t width = step.width;
   const A factor = A(1) / (A(1) - A(step.p0));
-  const uint32_t threshold = uint32_t(step.p0 * 4294967296.0);
-  const uint32_t stream = mix(t.args.seed0 + mix(t.args.seed1 + mix(uint32_t(step.p1))));
+  const uint32_t threshold = dropout_threshold(step.p0);
+  const uint32_t stream = dropout_stream(t.args.seed0, t.args.seed1, step.p1);
   for (int64_t r = 0; r < t.rows; ++r) {
     const uint32_t base = mix(stream + uint32_t(t.first + r));
 #pragma omp simd

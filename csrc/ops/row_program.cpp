@@ -16,12 +16,12 @@
 #include "cpu/row_program.h"
 #include "ops/common.h"
 #include "ops/pool.h"
+#include "ops/row_program_plan.h"
 #include "ops/tile_gemm.h"
 
 namespace scalegmn {
 namespace {
 
-constexpr int64_t section_numbers = 5, step_numbers = 8;
 constexpr int64_t tile_floats = 448 * 1024;    // of a tile's workspace: what fits a core's L2 cache beside the weights
 constexpr int64_t partition_rows = 2048;       // so many pay for a partition's own copy of the parameter gradients
 constexpr int64_t most_partitions = 16;        // of a section; a power of two, as their number is: threads share them
@@ -29,153 +29,84 @@ constexpr int64_t fewest_rows_to_share = 256;  // from here on two cores have en
 constexpr int64_t smallest_row_product = 8;    // width from which a product compiled for its shape pays
 constexpr int64_t few_rows = 256;              // so few have a place each, whether they occur or not
 
-// -- the plan of a call -----------------------------------------------------------------------------------------------
-
-// Whether each row of the result depends on the same row of a alone and has its width.
-bool works_in_place(RowOp op) {
-  return op != RowOp::load && op != RowOp::linear && op != RowOp::concat && op != RowOp::head_dot;
-}
-
-int tables_of(RowOp op) { return op <= RowOp::scale ? 1 : 0; }
-
-// Offsets of buffers of equal rows, in numbers per row; freed ones are used again.
-struct Slots {
-  std::multimap<int64_t, int64_t> idle;
-  int64_t total = 0;
-
-  int64_t take(int64_t width) {
-    const auto found = idle.find(width);
-    if (found == idle.end()) {
-      total += width;
-      return total - width;
-    }
-    const int64_t at = found->second;
-    idle.erase(found);
-    return at;
-  }
-  void give(int64_t width, int64_t at) { idle.emplace(width, at); }
-};
-
-struct Section {
-  int64_t begin, end;
-  int reduced_step, rows_step, logits_step;
-  std::vector<RowStep> steps;
-  std::vector<std::array<int64_t, 3>> operands;  // tensors t0, t1, t2 of each step
-  int64_t parameters = 0;                        // Wide numbers of the gradients
-  std::map<int64_t, int64_t> parameter_at;       // tensor -> offset
-  RowSection view{};
-};
-
-class Program {
+class Program : RowProgramPlan {
  public:
   Program(at::TensorList tensors, at::TensorList indices, at::IntArrayRef bounds, at::IntArrayRef code,
           at::ArrayRef<double> constants, const std::optional<at::Tensor>& ptr, const std::optional<at::Tensor>& seed)
-      : tensors_(tensors.begin(), tensors.end()), wanted_(tensors.size(), false) {
-    TORCH_CHECK_VALUE(bounds.size() >= 2 && bounds[0] == 0, "bounds: expected at least two numbers from 0, got ", bounds);
-    bool wide = false;
-    for (const at::Tensor& tensor : tensors_) {
-      TORCH_CHECK_VALUE(tensor.is_cpu(), "tensors: expected CPU tensors, got one on ", tensor.device());
-      scalar_of(tensor, "tensors");
-      wide |= tensor.scalar_type() == at::kDouble;
+      : RowProgramPlan(tensors, indices, bounds, code, constants, ptr, seed) {
+    TORCH_CHECK_VALUE(tensors_[0].is_cpu(), "tensors: expected CPU tensors, got one on ", tensors_[0].device());
+    for (Section& section : sections_) {
+      check_indices(section);
+      for (size_t k = 0; k < section.steps.size(); ++k) {
+        if (section.steps[k].op == RowOp::linear) set_weight(section.steps[k], section.operands[k][0]);
+      }
     }
-    wide_ = wide ? at::kDouble : at::kFloat;
-    rows_ = bounds.back();
-    for (const at::Tensor& index : indices) add_index(index);
-    parse(bounds, code, constants);
     if (ptr) {
-      TORCH_CHECK_VALUE(ptr->dim() == 1 && ptr->numel() >= 1 && ptr->scalar_type() == at::kLong && ptr->is_contiguous(),
-                        "ptr: expected int64 [S + 1], got ", ptr->scalar_type(), " ", ptr->sizes());
-      ptr_ = *ptr;
       const int64_t* p = ptr_.const_data_ptr<int64_t>();
-      TORCH_CHECK_VALUE(p[0] == 0 && p[ptr_.numel() - 1] == rows_ && std::is_sorted(p, p + ptr_.numel()),
+      TORCH_CHECK_VALUE(p[0] == 0 && p[segments_] == rows_ && std::is_sorted(p, p + segments_ + 1),
                         "ptr: expected a nondecreasing sequence from 0 to ", rows_, ", got one from ", p[0], " to ",
-                        p[ptr_.numel() - 1]);
+                        p[segments_]);
+      args_.ptr = p;
+      args_.segments = segments_;
+      check_segments();
     }
-    TORCH_CHECK_VALUE(ptr || width_ < 0, "ptr: expected int64 [S + 1] for a program that reduces, got none");
-    args_.wide_compute = wide;
+    args_.tables = tables_.data();
+    args_.indices = index_views_.data();
+    args_.wide_compute = wide_ == at::kDouble;
     args_.gemm32 = gemms_.gemm32;
     args_.gemm64 = gemms_.gemm64;
     args_.row32 = gemms_.row32;
     args_.row16 = gemms_.row16;
-    args_.indices = index_views_.data();
+    args_.reduction = reduction_;
+    args_.width = width_;
+    args_.heads = heads_;
     args_.rows_dtype = scalar_of(at::empty({0}, result_), "tensors");
-    if (ptr) {
-      args_.ptr = ptr_.const_data_ptr<int64_t>();
-      args_.segments = ptr_.numel() - 1;
-      check_segments();
-    }
-    if (seed) {
-      TORCH_CHECK_VALUE(seed->numel() == 2 && seed->scalar_type() == at::kLong && seed->is_contiguous(),
-                        "seed: expected int64 [2], got ", seed->scalar_type(), " ", seed->sizes());
-      args_.seed0 = uint32_t(seed->const_data_ptr<int64_t>()[0]);
-      args_.seed1 = uint32_t(seed->const_data_ptr<int64_t>()[1]);
-    }
+    args_.seed0 = seed0_;
+    args_.seed1 = seed1_;
   }
 
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward() {
-    plan_values(false);
+    plan_values(false, false, true);
     finish_plan();
     const bool reduces = width_ >= 0;
-    at::Tensor reduced = at::zeros({reduces ? args_.segments : 0, reduces ? reduced_width() : 0}, wide_);
+    at::Tensor reduced = at::zeros({reduces ? segments_ : 0, reduces ? reduced_width() : 0}, wide_);
     at::Tensor rows = pooled_empty({rows_width_ < 0 ? 0 : written_rows_, std::max<int64_t>(rows_width_, 0)}, result_);
-    const bool statistics = args_.reduction == RowReduction::statistics;
+    const bool statistics = reduction_ == RowReduction::statistics;
     at::Tensor kept = at::zeros(kept_sizes(), wide_);
-    at::Tensor extremes = statistics ? at::zeros({args_.segments, 2 * width_}, at::kInt) : at::empty({0}, at::kInt);
+    at::Tensor extremes = statistics ? at::zeros({segments_, 2 * width_}, at::kInt) : at::empty({0}, at::kInt);
     args_.reduced = reduced.mutable_data_ptr();
     args_.kept = kept.mutable_data_ptr();
     args_.extremes = statistics ? extremes.mutable_data_ptr<int32_t>() : nullptr;
     args_.rows_out = rows.mutable_data_ptr();
     cut();
-    const int64_t head_width = args_.reduction == RowReduction::sum ? width_ : 0;
+    const int64_t head_width = reduction_ == RowReduction::sum ? width_ : 0;
     at::Tensor heads = at::zeros({int64_t(partitions_.size()), head_width}, wide_);
     const int64_t element = heads.element_size();
     for (size_t p = 0; p < partitions_.size(); ++p) {
       partitions_[p].head = static_cast<char*>(heads.mutable_data_ptr()) + int64_t(p) * head_width * element;
     }
     run();
-    if (args_.reduction == RowReduction::sum) wide_ == at::kDouble ? add_heads<double>(reduced) : add_heads<float>(reduced);
+    if (reduction_ == RowReduction::sum) wide_ == at::kDouble ? add_heads<double>(reduced) : add_heads<float>(reduced);
     return {pooled_cast(reduced, result_), rows, kept, extremes};
   }
 
   std::vector<at::Tensor> backward(const at::Tensor& grad_reduced, const at::Tensor& grad_rows, const at::Tensor& reduced,
                                    const at::Tensor& kept, const at::Tensor& extremes, const std::vector<bool>& wanted) {
-    TORCH_CHECK_VALUE(wanted.size() == tensors_.size(), "wanted: expected ", tensors_.size(), " flags, got ",
-                      wanted.size());
-    wanted_ = wanted;
-    const at::Tensor grads = grad_reduced.to(result_).contiguous(), rows = grad_rows.to(result_).contiguous();
-    at::Tensor along;
+    const auto [grads, rows] = check_gradients(grad_reduced, grad_rows, reduced, kept, extremes, wanted);
     const at::Tensor kept_rows = kept.contiguous();
-    if (width_ >= 0) {
-      const std::array<int64_t, 2> sizes = {args_.segments, reduced_width()};
-      TORCH_CHECK_VALUE(grads.sizes() == at::IntArrayRef(sizes), "grad_reduced: expected ", at::IntArrayRef(sizes),
-                        ", got ", grads.sizes());
-      TORCH_CHECK_VALUE(kept_rows.sizes() == at::IntArrayRef(kept_sizes()) && kept_rows.scalar_type() == wide_,
-                        "kept: expected ", wide_, " ", at::IntArrayRef(kept_sizes()), ", got ", kept_rows.scalar_type(), " ",
-                        kept_rows.sizes());
-      args_.kept = const_cast<void*>(kept_rows.const_data_ptr());
-      if (args_.reduction == RowReduction::statistics) {
-        TORCH_CHECK_VALUE(extremes.scalar_type() == at::kInt && extremes.is_contiguous() &&
-                              extremes.sizes() == kept_rows.sizes(),
-                          "extremes: expected int32 ", kept_rows.sizes(), ", got ", extremes.scalar_type(), " ",
-                          extremes.sizes());
-        args_.extremes = const_cast<int32_t*>(extremes.const_data_ptr<int32_t>());
-      }
-      if (args_.reduction == RowReduction::attention) {
-        TORCH_CHECK_VALUE(reduced.sizes() == grads.sizes(), "reduced: expected ", grads.sizes(), ", got ", reduced.sizes());
-        const at::Tensor product = at::mul(grads.to(wide_), reduced.to(wide_));
-        along = product.view({args_.segments, args_.heads, width_ / args_.heads}).sum(-1);
-        args_.along = along.const_data_ptr();
-      }
-    }
-    if (rows_width_ >= 0) {
-      TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(0) == written_rows_ && rows.size(1) == rows_width_,
-                        "grad_rows: expected [", written_rows_, ", ", rows_width_, "], got ", rows.sizes());
+    args_.kept = const_cast<void*>(kept_rows.const_data_ptr());
+    if (reduction_ == RowReduction::statistics) args_.extremes = const_cast<int32_t*>(extremes.const_data_ptr<int32_t>());
+    at::Tensor along;
+    if (reduction_ == RowReduction::attention) {
+      const at::Tensor product = at::mul(grads.to(wide_), reduced.to(wide_));
+      along = product.view({segments_, heads_, width_ / heads_}).sum(-1);
+      args_.along = along.const_data_ptr();
     }
     args_.grad_reduced = grads.const_data_ptr();
     args_.grad_rows = rows.const_data_ptr();
     args_.backward = true;
     plan_gradients();
-    plan_values(true);
+    plan_values(true, true, true);
     plan_parameters();
     finish_plan();
     cut();
@@ -188,47 +119,13 @@ class Program {
   };
 
   const TileGemms& gemms_ = tile_gemms();
-  std::vector<at::Tensor> tensors_, owned_;
   std::map<int64_t, Weight> weights_;  // by tensor
-  std::vector<bool> wanted_;
-  at::ScalarType wide_, result_ = at::kFloat;
-  int64_t rows_ = 0, written_rows_ = 0, width_ = -1, rows_width_ = -1;  // -1: nothing reduced, nothing written
-  std::vector<Section> sections_;
-  std::vector<at::Tensor> index_tensors_;
-  std::vector<RowIndex> index_views_;
-  std::vector<std::pair<int64_t, bool>> table_keys_;  // tensor, direct
-  std::vector<RowTable> tables_;
-  std::vector<std::pair<int, int>> uses_;  // table, index
-  at::Tensor ptr_;
+  std::vector<RowSection> views_;      // of sections_
   RowProgramArgs args_{};
   std::vector<RowPartition> partitions_;
+  int64_t workspace_ = 0;
 
-  int64_t reduced_width() const { return args_.reduction == RowReduction::statistics ? 4 * width_ : width_; }
-
-  std::vector<int64_t> kept_sizes() const {
-    if (args_.reduction == RowReduction::statistics) return {args_.segments, 2 * width_};
-    if (args_.reduction == RowReduction::attention) return {args_.segments, 2 * args_.heads};
-    return {0};
-  }
-
-  const void* keep(at::Tensor tensor) {
-    owned_.push_back(std::move(tensor));
-    return owned_.back().const_data_ptr();
-  }
-
-  void add_index(const at::Tensor& index) {
-    TORCH_CHECK_VALUE(index.dim() == 1 && index.size(0) >= rows_, "indices: expected [R] with R >= ", rows_, ", got ",
-                      index.sizes());
-    TORCH_CHECK_TYPE(index.scalar_type() == at::kInt || index.scalar_type() == at::kLong,
-                     "indices: expected int32 or int64, got ", index.scalar_type());
-    index_tensors_.push_back(index.contiguous());
-    index_views_.push_back({index_tensors_.back().const_data_ptr(), index.scalar_type() == at::kLong});
-  }
-
-  int64_t index_value(int index, int64_t row) const {
-    const RowIndex& view = index_views_[index];
-    return view.wide ? static_cast<const int64_t*>(view.data)[row] : int64_t(static_cast<const int32_t*>(view.data)[row]);
-  }
+  int64_t index_value(int index, int64_t row) const { return baseline::index_at(index_views_[index], row); }
 
   // The least and the largest of entries [begin, end).
   std::pair<int64_t, int64_t> index_range(int index, int64_t begin, int64_t end) const {
@@ -267,50 +164,11 @@ class Program {
     return found;
   }
 
-  const at::Tensor& operand(int64_t number, const char* what) const {
-    TORCH_CHECK_VALUE(number >= 0 && number < int64_t(tensors_.size()), "code: ", what, " names tensor ", number, " of ",
-                      tensors_.size());
-    return tensors_[number];
-  }
-
-  int table(int64_t number, bool direct) {
-    const std::pair<int64_t, bool> key(number, direct);
-    const auto found = std::find(table_keys_.begin(), table_keys_.end(), key);
-    if (found != table_keys_.end()) return int(found - table_keys_.begin());
-    const at::Tensor& tensor = operand(number, "a table");
-    TORCH_CHECK_VALUE(tensor.dim() == 2, "tensors: expected a table [*, d], got ", tensor.sizes());
-    at::Tensor rows = tensor.stride(1) == 1 || tensor.size(1) == 1 ? tensor : tensor.contiguous();
-    table_keys_.push_back(key);
-    tables_.push_back({keep(rows), scalar_of(rows, "tensors"), rows.size(0), rows.size(1), rows.stride(0), nullptr,
-                       direct});
-    return int(tables_.size()) - 1;
-  }
-
-  int use(int table, int index) {
-    const std::pair<int, int> key(table, index);
-    const auto found = std::find(uses_.begin(), uses_.end(), key);
-    if (found != uses_.end()) return int(found - uses_.begin());
-    uses_.push_back(key);
-    return int(uses_.size()) - 1;
-  }
-
-  const void* vector(int64_t number, int64_t width, const char* what, bool centred = false) {
-    if (number < 0) return nullptr;
-    const at::Tensor& tensor = operand(number, what);
-    TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == width, "tensors: expected ", what, " [", width, "], got ",
-                      tensor.sizes());
-    const at::Tensor wide = tensor.to(wide_);
-    return keep(centred ? wide.sub(wide.mean()) : wide.contiguous());
-  }
-
   // The weight of a linear step, in the forms that its products read.
   void set_weight(RowStep& step, int64_t number) {
-    const at::Tensor& given = operand(number, "a weight");
-    TORCH_CHECK_VALUE(given.dim() == 2 && given.size(1) == step.in_width, "tensors: expected a weight [*, ",
-                      step.in_width, "], got ", given.sizes());
+    const at::Tensor& given = tensors_[number];
     const auto [found, fresh] = weights_.try_emplace(number);
     Weight& forms = found->second;
-    step.width = given.size(0);
     if (fresh) {
       const int64_t n = step.width, k = step.in_width;
       const bool large = wide_ == at::kFloat && n >= smallest_row_product && k >= smallest_row_product;
@@ -335,70 +193,9 @@ class Program {
     if (forms.transposed.defined()) step.weight_t = forms.transposed.const_data_ptr<float>();
   }
 
-  void parse(at::IntArrayRef bounds, at::IntArrayRef code, at::ArrayRef<double> constants) {
-    size_t at = 0, constant = 0;
-    std::optional<at::ScalarType> result;
-    for (size_t s = 0; s + 1 < bounds.size(); ++s) {
-      TORCH_CHECK_VALUE(bounds[s] <= bounds[s + 1], "bounds: expected a nondecreasing sequence, got ", bounds);
-      TORCH_CHECK_VALUE(at + section_numbers <= code.size(), "code: expected ", bounds.size() - 1, " sections, got ", s);
-      Section section{bounds[s], bounds[s + 1], int(code[at + 3]), int(code[at + 1]), int(code[at + 4]), {}, {}, 0, {}, {}};
-      const int64_t count = code[at], kind = code[at + 2];
-      at += section_numbers;
-      TORCH_CHECK_VALUE(count >= 0 && at + size_t(count * step_numbers) <= code.size() &&
-                            constant + size_t(2 * count) <= constants.size(),
-                        "code: section ", s, " is cut off");
-      for (int64_t k = 0; k < count; ++k, at += step_numbers, constant += 2) {
-        add_step(section, code.slice(at, step_numbers), constants[constant], constants[constant + 1], result);
-      }
-      const auto output = [&](int step, int64_t& width, const char* what) {
-        if (step < 0) return;
-        TORCH_CHECK_VALUE(step < count, "code: ", what, " is step ", step, " of ", count);
-        TORCH_CHECK_VALUE(width < 0 || width == section.steps[step].width, "code: sections differ in the width of ", what);
-        width = section.steps[step].width;
-      };
-      output(section.rows_step, rows_width_, "the rows");
-      if (section.reduced_step >= 0) {
-        output(section.reduced_step, width_, "what is reduced");
-        set_reduction(section, kind, count);
-      }
-      TORCH_CHECK_VALUE(section.reduced_step < 0 || section.reduced_step != section.rows_step,
-                        "code: the rows are also reduced");
-      if (section.rows_step >= 0) {
-        TORCH_CHECK_VALUE(written_rows_ == section.begin, "code: sections that write rows have to come first");
-        written_rows_ = section.end;
-      }
-      mark_used(section);
-      sections_.push_back(std::move(section));
-    }
-    TORCH_CHECK_VALUE(at == code.size(), "code: ", code.size() - at, " numbers too many");
-    if (result) result_ = *result;
-    args_.tables = tables_.data();
-    for (Section& section : sections_) check_tables(section);
-  }
-
-  void set_reduction(Section& section, int64_t kind, int64_t count) {
-    TORCH_CHECK_VALUE(kind > 0 && kind <= int64_t(RowReduction::attention), "code: unknown reduction ", kind);
-    const RowReduction reduction = RowReduction(kind);
-    const bool first = args_.reduction == RowReduction::none;
-    TORCH_CHECK_VALUE(first || args_.reduction == reduction, "code: sections differ in the reduction");
-    args_.reduction = reduction;
-    args_.width = width_;
-    if (reduction != RowReduction::attention) return;
-    const int logits = section.logits_step;
-    TORCH_CHECK_VALUE(logits >= 0 && logits < count && logits != section.reduced_step && logits != section.rows_step,
-                      "code: logits are step ", logits, " of ", count);
-    for (const RowStep& step : section.steps) {
-      TORCH_CHECK_VALUE(step.a != logits && step.b != logits, "code: logits are read by another step");
-    }
-    const int64_t heads = section.steps[logits].width;
-    TORCH_CHECK_VALUE((first || args_.heads == heads) && width_ % heads == 0, "code: ", heads, " logits for rows of width ",
-                      width_);
-    args_.heads = heads;
-  }
-
   // Statistics and attention are of whole segments.
   void check_segments() const {
-    if (args_.reduction == RowReduction::none || args_.reduction == RowReduction::sum) return;
+    if (reduction_ == RowReduction::none || reduction_ == RowReduction::sum) return;
     for (const Section& section : sections_) {
       if (section.reduced_step < 0) continue;
       for (const int64_t bound : {section.begin, section.end}) {
@@ -409,231 +206,13 @@ class Program {
     TORCH_CHECK_VALUE(rows_ <= INT32_MAX, "bounds: expected at most 2^31 - 1 rows, got ", rows_);
   }
 
-  void add_step(Section& section, at::IntArrayRef numbers, double p0, double p1, std::optional<at::ScalarType>& result) {
-    const int count = int(section.steps.size());
-    TORCH_CHECK_VALUE(numbers[0] >= 0 && numbers[0] <= int64_t(RowOp::head_dot), "code: unknown operation ", numbers[0]);
-    RowStep step{};
-    step.op = RowOp(numbers[0]);
-    step.a = int(numbers[1]);
-    step.b = int(numbers[2]);
-    step.table = step.use = -1;
-    step.index = int(numbers[6]);
-    step.activation = Activation(std::max<int64_t>(numbers[7], 0));
-    step.p0 = p0;
-    step.p1 = p1;
-    step.value = step.aux = step.stats = step.distinct = step.grad = step.weight_grad = step.bias_grad = step.shift_grad = -1;
-    const std::array<int64_t, 3> t = {numbers[3], numbers[4], numbers[5]};
-    const bool reads_a = step.op != RowOp::load;
-    const bool reads_b = step.op == RowOp::add || step.op == RowOp::mul || step.op == RowOp::concat ||
-                         step.op == RowOp::head_dot;
-    TORCH_CHECK_VALUE((reads_a ? step.a >= 0 && step.a < count : step.a < 0) &&
-                          (reads_b ? step.b >= 0 && step.b < count : step.b < 0),
-                      "code: step ", count, " has operands ", step.a, " and ", step.b);
-    TORCH_CHECK_VALUE(step.index < int(index_views_.size()), "code: step ", count, " names index ", step.index);
-    if (reads_a) step.in_width = section.steps[step.a].width;
-    step.width = step.in_width;
-    if (tables_of(step.op)) {
-      step.table = table(t[0], step.index < 0);
-      if (step.index >= 0) step.use = use(step.table, step.index);
-      const at::Tensor& tensor = tensors_[t[0]];
-      result = result ? c10::promoteTypes(*result, tensor.scalar_type()) : tensor.scalar_type();
-      const int64_t width = tensor.size(1);
-      if (step.op == RowOp::load) step.width = width;
-      const int64_t expected = step.op == RowOp::scale ? 1 : step.width;
-      TORCH_CHECK_VALUE(width == expected, "tensors: expected a table of width ", expected, ", got ", tensor.sizes());
-    } else if (step.op == RowOp::linear) {
-      set_weight(step, t[0]);
-      step.bias = vector(t[1], step.width, "a bias");
-    } else if (step.op == RowOp::add_vector) {
-      step.bias = vector(t[0], step.width, "a vector");
-    } else if (step.op == RowOp::symmetrize || step.op == RowOp::norm_act) {
-      TORCH_CHECK_VALUE((t[1] < 0) == (t[2] < 0), "code: step ", count, " has one of the norm's two parameters");
-      step.weight = vector(t[1], step.width, "the weight of a norm");
-      step.shift = vector(t[2], step.width, "the bias of a norm");
-      if (step.op == RowOp::symmetrize) {
-        step.bias = t[0] < 0 ? keep(at::zeros({step.width}, wide_)) : vector(t[0], step.width, "a bias", t[1] >= 0);
-      }
-    } else if (step.op == RowOp::concat) {
-      step.width = step.in_width + section.steps[step.b].width;
-    } else if (reads_b) {
-      TORCH_CHECK_VALUE(section.steps[step.b].width == step.width, "code: step ", count, " joins widths ", step.width,
-                        " and ", section.steps[step.b].width);
-      if (step.op == RowOp::head_dot) {
-        TORCH_CHECK_VALUE(p1 >= 1 && step.width % int64_t(p1) == 0, "constants: ", p1, " heads for rows of width ",
-                          step.width);
-        step.width = int64_t(p1);
-      }
-    } else if (step.op == RowOp::dropout) {
-      TORCH_CHECK_VALUE(p0 >= 0 && p0 < 1, "constants: expected a dropout probability in [0, 1), got ", p0);
-    }
-    section.steps.push_back(step);
-    section.operands.push_back(t);
-  }
-
-  void mark_used(Section& section) {
-    for (int output : {section.reduced_step, section.rows_step, section.logits_step}) {
-      if (output >= 0) section.steps[output].used = true;
-    }
-    for (int k = int(section.steps.size()) - 1; k >= 0; --k) {
-      const RowStep& step = section.steps[k];
-      if (!step.used) continue;
-      for (int operand : {step.a, step.b}) {
-        if (operand >= 0) section.steps[operand].used = true;
-      }
-    }
-  }
-
-  void check_tables(const Section& section) {
+  void check_indices(const Section& section) const {
     if (section.begin == section.end) return;
     for (const RowStep& step : section.steps) {
-      if (step.table < 0 || !step.used) continue;
-      const RowTable& table = tables_[step.table];
-      if (step.index < 0) {
-        TORCH_CHECK_VALUE(table.rows >= section.end, "tensors: expected a table of at least ", section.end, " rows, got ",
-                          table.rows);
-        continue;
-      }
+      if (step.table < 0 || step.index < 0 || !step.used) continue;
+      const int64_t rows = tables_[step.table].rows;
       const auto [low, high] = index_range(step.index, section.begin, section.end);
-      TORCH_CHECK_VALUE(low >= 0 && high < table.rows, "indices: expected rows in [0, ", table.rows, "), got ", low, " to ",
-                        high);
-    }
-  }
-
-  // Which steps' gradients are wanted, and where they are kept.
-  void plan_gradients() {
-    for (Section& section : sections_) {
-      const int count = int(section.steps.size());
-      for (int k = 0; k < count; ++k) {
-        RowStep& step = section.steps[k];
-        for (int64_t t : section.operands[k]) step.wants_grad |= t >= 0 && wanted_[t];
-        for (int operand : {step.a, step.b}) step.wants_grad |= operand >= 0 && section.steps[operand].wants_grad;
-        step.wants_grad &= step.used;
-      }
-      Slots slots;
-      const auto take = [&](int k) {
-        RowStep& step = section.steps[k];
-        if (!step.wants_grad || step.grad >= 0) return false;
-        step.grad = slots.take(step.width);
-        return true;
-      };
-      for (int output : {section.reduced_step, section.rows_step, section.logits_step}) {
-        if (output >= 0) take(output);
-      }
-      for (int k = count - 1; k >= 0; --k) {
-        RowStep& step = section.steps[k];
-        if (step.grad < 0) continue;
-        const bool passes = step.op == RowOp::load_add || step.op == RowOp::add_vector || step.op == RowOp::add;
-        if (passes && step.a != step.b && section.steps[step.a].wants_grad && section.steps[step.a].grad < 0) {
-          section.steps[step.a].grad = step.grad;
-          step.passes_a = true;
-          if (step.b >= 0) step.writes_b = take(step.b);
-          continue;
-        }
-        if (step.a >= 0) step.writes_a = take(step.a);
-        if (step.b >= 0) step.writes_b = take(step.b);
-        slots.give(step.width, step.grad);
-      }
-      section.view.num_steps = int(slots.total);  // where values start; finish_plan sets the number of steps
-    }
-  }
-
-  static bool is_output(const Section& section, int step) {
-    return step == section.reduced_step || step == section.rows_step || step == section.logits_step;
-  }
-
-  // Where the steps' values are kept: shared as they die (forward), or all that backward reads.
-  void plan_values(bool backward) {
-    for (Section& section : sections_) {
-      std::vector<RowStep>& steps = section.steps;
-      const int count = int(steps.size());
-      std::vector<int> last(count, -1);  // the last reader
-      std::vector<bool> needed(count, false);
-      for (int k = count - 1; k >= 0; --k) {
-        const RowStep& step = steps[k];
-        if (!step.used) continue;
-        bool runs = needed[k];
-        if (!backward) runs |= k == section.reduced_step || k == section.rows_step || k == section.logits_step;
-        if (backward && args_.reduction != RowReduction::sum) {
-          const bool reduced = k == section.reduced_step || k == section.logits_step;
-          runs |= reduced && (section.steps[section.reduced_step].grad >= 0 ||
-                              (section.logits_step >= 0 && section.steps[section.logits_step].grad >= 0));
-        }
-        const bool differentiates = backward && step.grad >= 0;
-        runs |= differentiates && (step.op == RowOp::symmetrize || step.op == RowOp::norm_act);
-        needed[k] = runs;
-        const bool reads = step.op == RowOp::linear || step.op == RowOp::mul || step.op == RowOp::load_mul ||
-                           step.op == RowOp::scale || step.op == RowOp::abs || step.op == RowOp::normalize ||
-                           step.op == RowOp::head_dot;
-        for (int operand : {step.a, step.b}) {
-          if (operand < 0) continue;
-          if (runs || (differentiates && reads)) needed[operand] = true;
-          last[operand] = std::max(last[operand], k);
-        }
-      }
-      std::vector<bool> distinct(count);
-      for (int k = 0; k < count; ++k) {
-        distinct[k] = steps[k].op == RowOp::load && steps[k].index >= 0 && !is_output(section, k);
-        for (int operand : {steps[k].a, steps[k].b}) {
-          if (operand >= 0 && steps[k].op != RowOp::linear) distinct[operand] = false;
-        }
-      }
-      Slots slots;
-      slots.total = backward ? section.view.num_steps : 0;
-      for (int k = 0; k < count; ++k) {
-        RowStep& step = steps[k];
-        if (!needed[k]) continue;
-        if (distinct[k]) step.distinct = slots.take(3);
-        const bool in_place = !backward && works_in_place(step.op) && last[step.a] == k && !is_output(section, step.a);
-        step.value = in_place ? section.steps[step.a].value : slots.take(step.width);
-        if (backward) {
-          const int64_t branches = step.op == RowOp::symmetrize ? 2 : step.op == RowOp::norm_act ? 1 : 0;
-          if (branches) {
-            step.aux = slots.take(branches * step.width);
-            step.stats = slots.take(branches + 1);
-          }
-          continue;
-        }
-        for (int operand : {step.a, step.b}) {
-          const bool dies = operand >= 0 && last[operand] == k && !is_output(section, operand) && step.a != step.b &&
-                            !(in_place && operand == step.a);
-          if (dies) slots.give(steps[operand].width, steps[operand].value);
-        }
-      }
-      section.view.num_steps = int(slots.total);
-    }
-  }
-
-  void plan_parameters() {
-    for (Section& section : sections_) {
-      const auto place = [&](int64_t number) -> int64_t {
-        if (number < 0 || !wanted_[number]) return -1;
-        const auto [found, fresh] = section.parameter_at.try_emplace(number, section.parameters);
-        if (fresh) section.parameters += (tensors_[number].numel() + 15) / 16 * 16;
-        return found->second;
-      };
-      std::map<int, int> direct_uses;
-      for (size_t k = 0; k < section.steps.size(); ++k) {
-        RowStep& step = section.steps[k];
-        if (step.grad < 0) continue;
-        const auto& t = section.operands[k];
-        if (step.op == RowOp::linear) {
-          step.weight_grad = place(t[0]);
-          step.bias_grad = place(t[1]);
-        } else if (step.op == RowOp::add_vector) {
-          step.bias_grad = place(t[0]);
-        } else if (step.op == RowOp::symmetrize || step.op == RowOp::norm_act) {
-          step.bias_grad = step.op == RowOp::symmetrize ? place(t[0]) : -1;
-          step.weight_grad = place(t[1]);
-          step.shift_grad = place(t[2]);
-        } else if (step.table >= 0 && tables_[step.table].direct) {
-          ++direct_uses[step.table];
-        }
-      }
-      for (RowStep& step : section.steps) {
-        if (step.grad >= 0 && step.table >= 0 && tables_[step.table].direct) {
-          step.writes_table = direct_uses[step.table] == 1;
-        }
-      }
+      TORCH_CHECK_VALUE(low >= 0 && high < rows, "indices: expected rows in [0, ", rows, "), got ", low, " to ", high);
     }
   }
 
@@ -641,7 +220,7 @@ class Program {
   void finish_plan() {
     int64_t widest = 1, scratch = 0, spread = 0;
     for (const Section& section : sections_) {
-      widest = std::max<int64_t>(widest, section.view.num_steps);
+      widest = std::max<int64_t>(widest, section.slots);
       for (const RowStep& step : section.steps) {
         if (step.op == RowOp::linear && section.steps[step.a].distinct >= 0) spread = std::max(spread, step.width);
         if (step.weight_t != nullptr || step.pairs != nullptr) scratch = std::max({scratch, step.width, step.in_width});
@@ -657,14 +236,14 @@ class Program {
           if (*offset >= 0) *offset *= args_.tile_rows;
         }
       }
-      section.view = {section.steps.data(), int(section.steps.size()), section.reduced_step, section.rows_step,
-                      section.logits_step};
+      views_.push_back({section.steps.data(), int(section.steps.size()), section.reduced_step, section.rows_step,
+                        section.logits_step});
     }
   }
-  int64_t workspace_ = 0;
 
   void cut() {
-    for (const Section& section : sections_) {
+    for (size_t s = 0; s < sections_.size(); ++s) {
+      const Section& section = sections_[s];
       const int64_t rows = section.end - section.begin;
       const bool works = section.reduced_step >= 0 || section.rows_step >= 0;
       if (rows == 0 || !works) continue;
@@ -674,7 +253,7 @@ class Program {
       int64_t begin = section.begin;
       for (int64_t p = 0; p < count; ++p) {
         const int64_t end = p + 1 == count ? section.end : whole_segments(section, section.begin + rows * (p + 1) / count);
-        if (begin < end) partitions_.push_back({&section.view, begin, end, nullptr, nullptr, nullptr, nullptr});
+        if (begin < end) partitions_.push_back({&views_[s], begin, end, nullptr, nullptr, nullptr, nullptr});
         begin = end;
       }
     }
@@ -682,7 +261,7 @@ class Program {
 
   // The row itself, or where its segment ends if segments must not be cut.
   int64_t whole_segments(const Section& section, int64_t row) const {
-    if (section.reduced_step < 0 || args_.reduction == RowReduction::sum) return row;
+    if (section.reduced_step < 0 || reduction_ == RowReduction::sum) return row;
     return *std::lower_bound(args_.ptr, args_.ptr + args_.segments + 1, row);
   }
 
@@ -785,11 +364,11 @@ class Program {
     });
     run();
     // parameters, over the partitions in order
-    for (const Section& section : sections_) {
-      for (const auto& [number, offset] : section.parameter_at) {
+    for (size_t s = 0; s < sections_.size(); ++s) {
+      for (const auto& [number, offset] : sections_[s].parameter_at) {
         std::vector<const A*> from;
         for (const RowPartition& partition : partitions_) {
-          if (partition.section == &section.view) from.push_back(static_cast<const A*>(partition.parameters) + offset);
+          if (partition.section == &views_[s]) from.push_back(static_cast<const A*>(partition.parameters) + offset);
         }
         at::Tensor grad = at::empty(tensors_[number].sizes(), wide_);
         A* to = grad.mutable_data_ptr<A>();
@@ -833,32 +412,12 @@ class Program {
       });
     }
     for (size_t t = 0; t < grads.size(); ++t) {
-      if (!wanted_[t]) {
-        grads[t] = at::empty({0}, tensors_[t].options());
-      } else if (!grads[t].defined()) {
-        grads[t] = at::zeros(tensors_[t].sizes(), tensors_[t].options());
-      } else {
-        grads[t] = pooled_cast(grads[t], tensors_[t].scalar_type());
-      }
+      if (grads[t].defined()) grads[t] = pooled_cast(grads[t], tensors_[t].scalar_type());
     }
-    return grads;
+    return finished(std::move(grads));
   }
 
-  const Section& section_of(const RowPartition& partition) const {
-    return *std::find_if(sections_.begin(), sections_.end(),
-                         [&](const Section& section) { return &section.view == partition.section; });
-  }
-
-  // Whether every row of a table that is read by row number gets its gradient written, and not added to.
-  bool covered(int table) const {
-    int64_t rows = 0;
-    for (const Section& section : sections_) {
-      for (const RowStep& step : section.steps) {
-        if (step.table == table && step.grad >= 0 && step.writes_table) rows += section.end - section.begin;
-      }
-    }
-    return rows == tables_[table].rows;
-  }
+  const Section& section_of(const RowPartition& partition) const { return sections_[partition.section - views_.data()]; }
 };
 
 }  // namespace
