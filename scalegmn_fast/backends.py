@@ -24,7 +24,7 @@ VARIABLE = "SCALEGMN_FAST_BACKEND"
 OPS = {
     "symmetrize": ("cpp", "triton", "cuda"),
     "segment_reduce": ("cpp", "triton", "cuda"),
-    "row_program": ("cpp",),
+    "row_program": ("cpp", "cuda"),
 }
 DTYPES = {
     "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
