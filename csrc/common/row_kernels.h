@@ -105,6 +105,8 @@ constexpr int row_columns = 4;
 
 template <class A, class T>
 struct MapRow {
+  using Wide = A;
+
   template <class Lanes>
   static SCALEGMN_ROW void run(const Lanes& lanes, const RowMapArgs& args, int64_t row) {
     const A* a = static_cast<const A*>(args.a) + row * args.a_stride;
@@ -153,6 +155,8 @@ struct MapRow {
 
 template <class A>
 struct DotRow {
+  using Wide = A;
+
   template <class Lanes>
   static SCALEGMN_ROW void run(const Lanes& lanes, const RowDotArgs& args, int64_t row) {
     const A *a = static_cast<const A*>(args.a) + row * args.width, *b = static_cast<const A*>(args.b) + row * args.width;
@@ -194,6 +198,8 @@ SCALEGMN_ROW RowMoments<A> row_moments(const Lanes& lanes, const A* x, int64_t w
 
 template <class A>
 struct NormRow {
+  using Wide = A;
+
   template <class Lanes>
   static SCALEGMN_ROW void run(const Lanes& lanes, const RowNormArgs& args, int64_t row) {
     const A *x = static_cast<const A*>(args.x) + row * args.width, *weight = static_cast<const A*>(args.weight),
@@ -220,6 +226,8 @@ struct NormRow {
 // A block of row_norm_block rows.
 template <class A>
 struct NormBlockBackward {
+  using Wide = A;
+
   template <class Lanes>
   static SCALEGMN_ROW void run(const Lanes& lanes, const RowNormArgs& args, int64_t block) {
     const int64_t width = args.width, first = block * row_norm_block;
@@ -307,6 +315,8 @@ struct RunBlock {
 
 template <class A>
 struct SumRuns {
+  using Wide = A;
+
   template <class Lanes>
   static SCALEGMN_ROW void run(const Lanes& lanes, const RowRunArgs& args, int64_t block) {
     const RunBlock rows(args, block);
@@ -335,6 +345,8 @@ struct SumRuns {
 // The run that begins in a block and ends behind it, if there is one.
 template <class A>
 struct JoinRuns {
+  using Wide = A;
+
   template <class Lanes>
   static SCALEGMN_ROW void run(const Lanes& lanes, const RowRunArgs& args, int64_t block) {
     const RunBlock rows(args, block);

@@ -25,26 +25,29 @@ struct WarpLanes {
   __device__ __forceinline__ bool leads() const { return group.lane == 0; }
 };
 
+// Four blocks a multiprocessor at least: with this bound, and not without, the compiler finds code that never spills.
 template <class Body, bool VECTOR, class Args>
-__global__ void __launch_bounds__(kThreads) row_kernel(const Args args, int64_t count) {
+__global__ void __launch_bounds__(kThreads, 4) row_kernel(const Args args, int64_t count) {
   const WarpLanes<VECTOR> lanes;
   if (lanes.group.index < count) Body::run(lanes, args, lanes.group.index);
 }
 
-// Runs the body for items [0, count), with packs of columns if `vector`. Doubles go one by one: four are more than an access.
+// Runs the body for items [0, count), with packs of columns if `vector`; four doubles are more than an access.
 template <class Body, class Args>
 void launch(const Args& args, int64_t count, bool vector, void* stream) {
-  if (vector && !args.wide) {
-    row_kernel<Body, true><<<blocks_for<1>(count), kThreads, 0, as_stream(stream)>>>(args, count);
-  } else {
-    row_kernel<Body, false><<<blocks_for<1>(count), kThreads, 0, as_stream(stream)>>>(args, count);
+  if constexpr (sizeof(typename Body::Wide) == sizeof(float)) {
+    if (vector) {
+      row_kernel<Body, true><<<blocks_for<1>(count), kThreads, 0, as_stream(stream)>>>(args, count);
+      return;
+    }
   }
+  row_kernel<Body, false><<<blocks_for<1>(count), kThreads, 0, as_stream(stream)>>>(args, count);
 }
 
 // As above, with the body for the type that the arguments compute in.
 template <template <class> class Body, class Args>
 const char* launch_wide(const Args& args, int64_t count, bool vector, void* stream) {
-  args.wide ? launch<Body<double>>(args, count, false, stream) : launch<Body<float>>(args, count, vector, stream);
+  args.wide ? launch<Body<double>>(args, count, vector, stream) : launch<Body<float>>(args, count, vector, stream);
   return launch_error();
 }
 

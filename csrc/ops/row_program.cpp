@@ -203,7 +203,6 @@ class Program : RowProgramPlan {
                           "bounds: expected whole segments, got a section that begins or ends at row ", bound);
       }
     }
-    TORCH_CHECK_VALUE(rows_ <= INT32_MAX, "bounds: expected at most 2^31 - 1 rows, got ", rows_);
   }
 
   void check_indices(const Section& section) const {

@@ -8,7 +8,6 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/searchsorted.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -91,7 +90,7 @@ class Composed : RowProgramPlan {
       const at::Tensor largest = segment_reduce_to("max", logits);
       const at::Tensor weights = logits.sub_(largest.index_select(0, segment_)).exp_();
       const at::Tensor total = segment_reduce_to("sum", weights);
-      const at::Tensor share = at::where(total.eq(0), 0, total.reciprocal());
+      const at::Tensor share = total.reciprocal().masked_fill_(total.eq(0), 0);
       weights.mul_(share.index_select(0, segment_));
       values.view({rows_, heads_, width_ / heads_}).mul_(weights.unsqueeze(2));
       reduced = segment_reduce_to("sum", values);
@@ -459,7 +458,7 @@ class Composed : RowProgramPlan {
     return at::argsort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   }
 
-  // Where the chunk's rows are in another kind of reduction than a sum: whole rows of g per segment.
+  // For each row of the chunk its segment's row.
   at::Tensor of_segments(const at::Tensor& rows) const { return rows.index_select(0, of_chunk(segment_)); }
 
   void read_output_grads(const Section& section) {
@@ -490,7 +489,7 @@ class Composed : RowProgramPlan {
     const at::Tensor row = at::arange(chunk_.first, chunk_.first + chunk_.rows, at.options()).unsqueeze(1);
     at::Tensor to = value(step).sub(mean).mul_(grads.select(1, 1)).mul_(2).add_(grads.select(1, 0)).div_(count);
     for (int64_t extreme : {0, 1}) {
-      to.add_(at::where(at.select(1, extreme).eq(row), grads.select(1, 2 + extreme), 0));
+      to.add_(grads.select(1, 2 + extreme).masked_fill(at.select(1, extreme).ne(row), 0));
     }
     gradient(step).copy_(to);
   }

@@ -205,6 +205,8 @@ void RowProgramPlan::set_reduction(Section& section, int64_t kind, int64_t count
   const bool first = reduction_ == RowReduction::none;
   TORCH_CHECK_VALUE(first || reduction_ == reduction, "code: sections differ in the reduction");
   reduction_ = reduction;
+  TORCH_CHECK_VALUE(reduction == RowReduction::sum || rows_ <= INT32_MAX, "bounds: expected at most 2^31 - 1 rows, got ",
+                    rows_);
   if (reduction != RowReduction::attention) return;
   const int logits = section.logits_step;
   TORCH_CHECK_VALUE(logits >= 0 && logits < count && logits != section.reduced_step && logits != section.rows_step,

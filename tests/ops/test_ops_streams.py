@@ -18,9 +18,27 @@ def segment_reduce(h):
     return ops.segment_reduce(h, ptr, ("sum", "max"))
 
 
+def row_program(h):
+    program = ops.RowProgram()
+    section = program.section(h.shape[0])
+    value = section.load(h)
+    section.add_up(section.mul(value, section.linear(value, torch.eye(h.shape[1], device=h.device))))
+    section.write(section.norm_act(value, None, None, "silu", 1.0))
+    reduced, rows = ops.row_program(program, torch.tensor([0, 100, h.shape[0]], device=h.device))
+    return torch.cat([reduced, rows])
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("chosen", ["triton", "cuda"])
-@pytest.mark.parametrize("call", [symmetrize, segment_reduce])
+@pytest.mark.parametrize(
+    ("call", "chosen"),
+    [
+        (symmetrize, "triton"),
+        (symmetrize, "cuda"),
+        (segment_reduce, "triton"),
+        (segment_reduce, "cuda"),
+        (row_program, "cuda"),
+    ],
+)
 def test_kernels_wait_for_the_current_stream(call, chosen):
     """The input is written late, on a side stream: a kernel on any other stream would read it too early."""
     h = torch.randn(4096, 128, device="cuda")
