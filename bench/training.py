@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -21,8 +22,10 @@ class Problem:
     Attributes:
         weights, biases: float32, [B, n_in, n_out, d_e] and [B, n_out, 1] per layer.
         input_value: node feature of input neurons.
-        sign_mask: bool [B] for ``hetero``, else None.
+        sign_mask: bool [B] for ``hetero``, on the CPU, else None.
     """
+
+    host: Problem | None = None
 
     def __init__(self, config: dict, batch: int, seed: int = 0):
         args, data = config["scalegmn_args"], config["data"]
@@ -42,7 +45,19 @@ class Problem:
         else:
             self.target = torch.randint(args["readout_args"]["d_out"], (batch,), generator=generator)
 
+    def to(self, device: str) -> Problem:
+        """The problem on a device; graphs are built on the CPU and then moved, as a data loader does it."""
+        moved = copy.copy(self)
+        moved.host = self
+        moved.weights, moved.biases = ([x.to(device) for x in group] for group in (self.weights, self.biases))
+        moved.target = self.target.to(device)
+        if hasattr(self, "points"):
+            moved.points = self.points.to(device)
+        return moved
+
     def graph(self) -> GraphBatch:
+        if self.host is not None:
+            return self.host.graph().to(self.target.device)
         return GraphBatch.from_weights(
             self.weights, self.biases, input_value=self.input_value, sign_mask=self.sign_mask
         )
@@ -61,9 +76,12 @@ class Problem:
 
 
 class Training:
-    """A model in training mode and its AdamW, at the rate of the first step of the configuration's warm-up."""
+    """A model in training mode and its AdamW, at the rate of the first step of the configuration's warm-up.
 
-    def __init__(self, model: nn.Module, config: dict):
+    ``capturable``: the optimiser keeps its state on the device, so that a step can be captured in a CUDA graph.
+    """
+
+    def __init__(self, model: nn.Module, config: dict, capturable: bool = False):
         options = config["optimization"]
         settings = options["optimizer_args"]
         self.clip = options["clip_grad_max_norm"]
@@ -71,7 +89,11 @@ class Training:
         model.train()
         rate = settings["lr"] / options["scheduler_args"]["warmup_steps"]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=rate, weight_decay=settings["weight_decay"], amsgrad=settings.get("amsgrad", False)
+            self.parameters,
+            lr=rate,
+            weight_decay=settings["weight_decay"],
+            amsgrad=settings.get("amsgrad", False),
+            capturable=capturable,
         )
 
     def prepare(self) -> None:

@@ -279,12 +279,14 @@ class RowProgram:
 
     def cast(self, tensor: Tensor) -> Tensor:
         """A table or weight as autocast has it: float32 becomes its lower precision."""
-        if tensor.dtype != torch.float32 or not torch.is_autocast_enabled(tensor.device.type):
+        device = tensor.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if tensor.dtype != torch.float32 or not autocast:
             return tensor
         for given, cast in self.casts:
             if given is tensor:
                 return cast
-        self.casts.append((tensor, tensor.to(torch.get_autocast_dtype(tensor.device.type))))
+        self.casts.append((tensor, tensor.to(torch.get_autocast_dtype(device))))
         return self.casts[-1][1]
 
     def index(self, index: Tensor) -> int:
@@ -309,8 +311,9 @@ class RowProgram:
             code += [section.count, section.written, REDUCTIONS.index(section.reduction)]
             code += [section.reduced, section.logits, *section.code]
             constants += section.constants
-        seed = torch.randint(0, 2**32, (2,)) if self.masks else None
-        indices = self.indices or [torch.empty(0, dtype=torch.long, device=self.tensors[0].device)]
+        device = self.tensors[0].device
+        seed = torch.randint(0, 2**32, (2,), device=device) if self.masks else None
+        indices = self.indices or [torch.empty(0, dtype=torch.long, device=device)]
         return self.tensors, indices, bounds, code, constants, ptr, seed
 
 

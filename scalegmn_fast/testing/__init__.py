@@ -13,6 +13,7 @@ from scalegmn_fast.testing.cases import (
     random_weights,
     randomize_parameters,
 )
+from scalegmn_fast.testing.dispatch import Dispatched
 from scalegmn_fast.testing.golden import GoldenVector, load_vector
 from scalegmn_fast.testing.group import (
     GroupElement,
@@ -27,6 +28,7 @@ from scalegmn_fast.testing.group import (
 from scalegmn_fast.testing.tolerance import assert_close_to_float64, float64_bound, nan_poisoned, relative_error
 
 __all__ = [
+    "Dispatched",
     "GoldenVector",
     "GroupElement",
     "act",
