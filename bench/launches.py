@@ -3,7 +3,7 @@
     python -m bench.launches [--config NAME ...] [--batch 16] [--output FILE]
 
 Forward, loss and backward; clipping and AdamW come to a few operators over all parameters at once. Counted below
-autograd on the device `meta`, where nothing is computed, views and empty tensors left out. *plain*: the paper's formulas
+autograd on the device `meta`, where nothing is computed; views and empty tensors are left out. *plain*: the formulas
 as PyTorch operators (no identity of the plan of work); *reference*: with the identities; *kernels*: `symmetrize` and
 `segment_reduce` as one operator each; *row programs*: rounds as row programs, one operator each. One operator of
 PyTorch can be several kernels (a sorted `index_put`), and so can one of ours.

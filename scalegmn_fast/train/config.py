@@ -29,7 +29,10 @@ _DATA = {
     "img_ds", "style_function", "data_format", "return_path", "debug", "max_kernel_size", "linear_as_conv",
     "flattening_method", "max_num_hidden_layers",  # loader
 }  # fmt: skip
-_TRAIN = {"num_epochs", "max_steps", "patience", "seed", "loss", "prediction", "val_acc_threshold", "eval_every"}
+_TRAIN = {
+    "num_epochs", "max_steps", "patience", "seed", "loss", "prediction", "cuda_graph",
+    "val_acc_threshold", "eval_every",
+}  # fmt: skip
 _OPTIMIZATION = {"clip_grad", "clip_grad_max_norm", "optimizer_name", "optimizer_args", "scheduler_args"}
 _SCHEDULER = {"scheduler", "warmup_steps", "scheduler_mode", "decay_rate", "decay_steps", "patience", "min_lr"}
 _SECTIONS: dict[str, set[str]] = {
@@ -171,15 +174,14 @@ def validate_config(conf: Mapping) -> dict:
     train["loss"] = _choice(train, "loss", "CrossEntropyLoss", LOSSES, section="train_args")
     train["prediction"] = _choice(train, "prediction", "auto", PREDICTIONS, section="train_args")
 
+    train["cuda_graph"] = _flag(train, "cuda_graph", section="train_args")
+
     normalize = data.get("normalize", "auto")
     if normalize not in (True, False, "auto"):
         raise ValueError(f"data.normalize must be true, false or auto, got {normalize!r}")
     data["normalize"] = normalize
 
-    clip = optimization.get("clip_grad", False)
-    if not isinstance(clip, bool):
-        raise ValueError(f"optimization.clip_grad must be true or false, got {clip!r}")
-    optimization["clip_grad"] = clip
+    optimization["clip_grad"] = _flag(optimization, "clip_grad", section="optimization")
     optimization["clip_grad_max_norm"] = _real(optimization, "clip_grad_max_norm", 10.0, "optimization", positive=True)
     optimization["optimizer_name"] = optimization.get("optimizer_name", "AdamW")
     optimization["optimizer_args"] = {
@@ -266,6 +268,13 @@ def _number(value, key: str):
 
 def _name(section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
+
+
+def _flag(node: dict, key: str, *, section: str) -> bool:
+    value = node.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{_name(section, key)} must be true or false, got {value!r}")
+    return value
 
 
 def _integer(node: dict, key: str, default, *, low: int, section: str = "", required: bool = False):

@@ -26,9 +26,11 @@ from scalegmn_fast.data.optional import require
 from . import plots
 from .checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint, write_json
 from .config import differences, load_config, validate_config
+from .cuda_graph import GraphedStep, make_capturable
 from .loggers import TensorBoardLogger, WandbLogger
 from .model import batch_statistics, build_model, fitted, layer_statistics, width_key
 from .optim import build_optimizer, build_scheduler
+from .step import StepResult, TrainingStep
 from .tasks import make_task
 
 __all__ = ["NonFiniteLossError", "Trainer", "build_model", "deterministic", "evaluate_split", "seed_everything"]
@@ -186,6 +188,13 @@ class Trainer:
         optimization = self.config["optimization"]
         self.optimizer = build_optimizer(trainable, optimization["optimizer_name"], optimization["optimizer_args"])
         self.scheduler = build_scheduler(self.optimizer, optimization["scheduler_args"])
+        max_norm = optimization["clip_grad_max_norm"] if optimization["clip_grad"] else None
+        self._training_step = TrainingStep(self.model, self.task.loss, self.optimizer, max_norm)
+        if self.config["train_args"]["cuda_graph"]:
+            if self.device.type != "cuda":
+                raise ValueError(f"train_args.cuda_graph: true needs a CUDA device, got device {self.device}")
+            make_capturable(self.optimizer, self.device)
+            self._training_step = GraphedStep(self._training_step)
         self.data_identity = _identity(self.dataset, self.splits)
 
         self.epoch = 0  # epochs completed
@@ -368,7 +377,7 @@ class Trainer:
                 if self._signal is not None:
                     return False
                 part = parts[self.step]
-                loss, norm = self._optimise(part)
+                result = self._optimise(part)
                 self.step += 1
                 self.total_steps += 1
                 window += 1
@@ -382,8 +391,9 @@ class Trainer:
                     self.step_seconds.append((now - window_start) / window)
                     window_start, window = now, 0
                 if self._loggers:
-                    values = {"train/step_loss": float(loss), "lr": self.learning_rate}
-                    self._log(values if norm is None else {**values, "train/grad_norm": float(norm)})
+                    values = {"train/step_loss": float(result.loss), "lr": self.learning_rate}
+                    norm = {} if result.norm is None else {"train/grad_norm": float(result.norm)}
+                    self._log({**values, **norm})
                 if self.on_step is not None:
                     self.on_step(self)
                 due = self.checkpoint_steps and self.total_steps % self.checkpoint_steps == 0
@@ -400,21 +410,17 @@ class Trainer:
                 bar.close()
         return self._signal is None
 
-    def _optimise(self, part: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _optimise(self, part: Tensor) -> StepResult:
         graph, labels = self.dataset.batch(part, self._batch_statistics)
-        graph, labels = graph.to(device=self.device), labels.to(self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        output = self.model(graph)
-        loss = self.task.loss(output, labels)
-        loss.backward()
-        norm = None
-        if self.config["optimization"]["clip_grad"]:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config["optimization"]["clip_grad_max_norm"])
-        self.optimizer.step()
+        if self.device.type == "cuda":  # copies from other memory would wait for the step before
+            graph, labels = graph.pin_memory(), labels.pin_memory()
+        graph = graph.to(device=self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        result = self._training_step(graph, labels)
         if self.scheduler is not None and not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.scheduler.step()
-        self.task.add(self._sums, loss.detach(), output.detach(), labels)
-        return loss.detach(), norm
+        self.task.add(self._sums, result.loss, result.output, labels)
+        return result
 
     def _end_epoch(self) -> bool:
         """Validates, records the epoch and keeps the best model; False where a signal came before the end."""
@@ -533,6 +539,8 @@ class Trainer:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.config["train_args"]["cuda_graph"]:
+            make_capturable(self.optimizer, self.device)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self._sums = {k: v.to(self.device) for k, v in state["sums"].items()}
