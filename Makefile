@@ -1,6 +1,7 @@
 # make demo | test | check | bench     set themselves up in .venv first (python3 >= 3.10, a C++ compiler)
 # make bench-full                      every benchmark but bench.compare_*, which need checkouts of the originals
-# make gpu-check                       on a machine with a GPU: uses the python3 it finds, no network
+# make gpu-check                       on a machine with a GPU: GPU_PYTHON (python3), no network, nine minutes at most;
+#                                      ORIGINAL=CHECKOUT also times the original
 # Variables: PYTHON (to make .venv with), TORCH (what pip installs, options included), MAX_JOBS (compilers at once);
 # see setup.py for more. A torch that is already in .venv is kept.
 
@@ -51,10 +52,7 @@ bench-full: install
 	$(BIN)/python -m bench.report
 
 gpu-check:
-	$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
-	$(GPU_PYTHON) -m pytest -m "gpu or not gpu" tests/ops tests/kernels tests/graph tests/models
-	$(GPU_PYTHON) -m scalegmn_fast.cli check
-	$(GPU_PYTHON) -m bench.ops --device cuda
+	$(GPU_PYTHON) -m bench.gpu_check $(if $(ORIGINAL),--original $(ORIGINAL))
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info scalegmn_fast/_C*.so

@@ -43,7 +43,8 @@ class Theirs:
 
     def forward(self, problem: Problem, compiled: bool = False) -> Callable[[], object]:
         weights, biases = problem.weights, problem.biases
-        batch = self.original.batch(self.config, weights, biases, problem.input_value, problem.sign_mask)
+        batch = self.original.batch(self.config, *problem.on_host(), problem.input_value, problem.sign_mask)
+        batch = batch.to(problem.device)
         called = comparison.compiled_model(self.model) if compiled else self.model
         return lambda: self.original.call(called, batch, weights, biases)
 

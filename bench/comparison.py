@@ -41,13 +41,13 @@ class Side(Protocol):
         """The call to be timed."""
 
 
-def under(dtype: str, call: Callable[[], object]) -> Callable[[], object]:
+def under(dtype: str, call: Callable[[], object], device: str = "cpu") -> Callable[[], object]:
     """``call`` as it is, or under autocast to bfloat16."""
-    if dtype == "float32":
+    if dtype != "bfloat16":
         return call
 
     def autocast():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return call()
 
     return autocast

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -21,17 +24,14 @@ RESULTS = Path(__file__).parent / "results"
 MOST_OTHERS = 0.05
 
 
-def machine() -> dict:
-    """Processor, threads and versions that a row was measured with."""
+def machine(device: str = "cpu") -> dict:
+    """Processor, threads and versions that a row was measured with; on a GPU also its name, and CUDA's and Triton's."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
-    ).stdout.strip()
     info = scalegmn_fast.build_info()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     return {
@@ -40,9 +40,35 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit or "unknown",
+        "commit": commit(),
         **({"onednn_max_cpu_isa": limit} if limit else {}),
+        **(gpu(device) if device.startswith("cuda") else {}),
     }
+
+
+def commit() -> str:
+    """The commit that is checked out; where there is no git, the variable COMMIT."""
+    found = ""
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+    return found or os.environ.get("COMMIT") or "unknown"
+
+
+def gpu(device: str) -> dict:
+    """What `machine` says of a GPU."""
+    triton = importlib.util.find_spec("triton") and importlib.import_module("triton")
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "sm": "{}{}".format(*torch.cuda.get_device_capability(device)),
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__ if triton else None,
+    }
+
+
+def synchronizer(device: str) -> Callable[[], None]:
+    """What waits until a device has done its work."""
+    return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
 
 class others:
@@ -136,16 +162,14 @@ def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
     """Bytes per second of a large copy, read plus written."""
     source = torch.rand(megabytes * 2**20 // 4, device=device)
     target = torch.empty_like(source)
-    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times = alternate({"copy": lambda: target.copy_(source)}, seconds=1.0, sync=sync)["copy"]
+    times = alternate({"copy": lambda: target.copy_(source)}, seconds=1.0, sync=synchronizer(device))["copy"]
     return 2 * source.numel() * 4 / statistics.median(times)
 
 
-def gemm_peak(size: int = 2048, device: str = "cpu") -> float:
-    """Floating-point operations per second of a square float32 matrix product."""
-    a, b, out = (torch.rand(size, size, device=device) for _ in range(3))
-    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times = alternate({"gemm": lambda: torch.mm(a, b, out=out)}, seconds=1.0, sync=sync)["gemm"]
+def gemm_peak(size: int = 2048, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations per second of a square matrix product; in float32 as precisely as PyTorch is told."""
+    a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+    times = alternate({"gemm": lambda: torch.mm(a, b, out=out)}, seconds=1.0, sync=synchronizer(device))["gemm"]
     return 2 * size**3 / statistics.median(times)
 
 
@@ -157,16 +181,17 @@ def save(name: str, rows: list[dict], **ceilings: float) -> dict:
     return data
 
 
-def merge(path: Path, rows: list[dict], key: tuple[str, ...]) -> dict:
+def merge(path: Path, rows: list[dict], key: tuple[str, ...], device: str = "cpu") -> dict:
     """Put rows into a result file, each with the machine, in the place of those with equal values of ``key``.
 
-    The file is replaced as a whole or not at all, so an interrupted run loses nothing. Returns its new contents.
+    A row without one of the key's names has None there. The file is replaced as a whole or not at all, so an
+    interrupted run loses nothing. Returns its new contents.
     """
-    here = machine()
+    here = machine(device)
     before = json.loads(path.read_text()) if path.exists() else {"rows": []}
     old = [{**row, "machine": row.get("machine") or before["machine"]} for row in before["rows"]]
-    new = {tuple(row[name] for name in key): {**row, "machine": here} for row in rows}
-    kept = [new.pop(tuple(row[name] for name in key), row) for row in old]
+    new = {tuple(row.get(name) for name in key): {**row, "machine": here} for row in rows}
+    kept = [new.pop(tuple(row.get(name) for name in key), row) for row in old]
     data = {"machine": here, "rows": kept + list(new.values())}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -207,6 +232,11 @@ def machine_lines(rows: list[dict]) -> str:
 def machine_line(machine: dict) -> str:
     """A machine and its versions in words, without the commit."""
     limit = machine.get("onednn_max_cpu_isa")
+    if "gpu" in machine:
+        return (
+            f"{machine['gpu']} (sm_{machine['sm']}), torch {machine['torch']}, CUDA {machine['cuda']}, "
+            f"Triton {machine['triton']}"
+        )
     return (
         f"{machine['cpu']}, {machine['threads']} threads, kernels for {machine['isa']}, torch {machine['torch']}"
         f"{f', oneDNN up to {limit}' if limit else ''}"

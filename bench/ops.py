@@ -5,7 +5,7 @@
 The floor is the longer of two times: the bytes that must move (each input read once, each output written once) over the
 machine's copy bandwidth, and the operations of the matrix products, those of backward twice those of forward, over the
 peak of a square one; both measured first in the same run. Buffers are larger than the caches at the default sizes.
-float32.
+float32. On a GPU nothing is written: `make gpu-check` measures these rows there, with others, and keeps them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from bench import harness
-from scalegmn_fast import backend, ops
+from scalegmn_fast import backend, backends, ops
+
+BACKENDS = {"cpu": ["reference", "cpp"], "cuda": ["reference", "triton", "cuda"]}
 
 
 class Case(NamedTuple):
@@ -106,11 +108,16 @@ def op_cases(rows: int, width: int, device: str) -> Iterator[Case]:
 
 
 def measure(
-    rows: int, width: int, device: str, backends: list[str], bandwidth: float, peak: float, seconds: float
+    rows: int, width: int, device: str, names: list[str], bandwidth: float, peak: float, seconds: float
 ) -> list[dict]:
-    """Rows of every op at one size."""
+    """Rows of every op at one size, on each of the backends that serves it; which do not is said."""
     found = []
     for case in op_cases(rows, width, device):
+        reasons = {name: backends.why_not(name, case.name.split()[0], case.inputs[0]) for name in names}
+        served = [name for name, reason in reasons.items() if reason is None]
+        for name, reason in reasons.items():
+            if reason is not None:
+                print(f"{case.name} not on {name}: {reason}", flush=True)
 
         def forward(chosen, case=case):
             def run():
@@ -135,8 +142,8 @@ def measure(
             ("backward", backward, case.backward_bytes, 2 * case.flops),
         )
         for direction, make, count, flops in directions:
-            sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-            times = harness.alternate({b: make(b) for b in backends}, seconds=seconds, sync=sync)
+            sync = harness.synchronizer(device)
+            times = harness.alternate({name: make(name) for name in served}, seconds=seconds, sync=sync)
             for chosen, values in times.items():
                 row = {"benchmark": "ops", "op": case.name, "direction": direction, "rows": rows, "width": width}
                 row |= {"backend": chosen, **harness.summary(values), "bytes": count, "flops": flops}
@@ -186,14 +193,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="per op, direction and size")
     args = parser.parse_args()
     on_gpu = args.device.startswith("cuda")
-    backends = ["reference", "triton", "cuda"] if on_gpu else ["reference", "cpp"]
+    names = BACKENDS["cuda" if on_gpu else "cpu"]
     bandwidth, peak = harness.copy_bandwidth(device=args.device), harness.gemm_peak(device=args.device)
     rows = []
     for width in args.width:
         for count in args.rows:
-            rows += measure(count, width, args.device, backends, bandwidth, peak, args.seconds)
-    name = torch.cuda.get_device_name().replace(" ", "-") if on_gpu else "ops"
-    print(page(harness.save(name, rows, copy_bandwidth=bandwidth, gemm_peak=peak)))
+            rows += measure(count, width, args.device, names, bandwidth, peak, args.seconds)
+    ceilings = {"copy_bandwidth": bandwidth, "gemm_peak": peak}
+    print(page({"rows": rows, **ceilings} if on_gpu else harness.save("ops", rows, **ceilings)))
 
 
 if __name__ == "__main__":

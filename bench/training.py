@@ -26,6 +26,7 @@ class Problem:
     """
 
     host: Problem | None = None
+    device = "cpu"
 
     def __init__(self, config: dict, batch: int, seed: int = 0):
         args, data = config["scalegmn_args"], config["data"]
@@ -48,16 +49,21 @@ class Problem:
     def to(self, device: str) -> Problem:
         """The problem on a device; graphs are built on the CPU and then moved, as a data loader does it."""
         moved = copy.copy(self)
-        moved.host = self
+        moved.host, moved.device = self, device
         moved.weights, moved.biases = ([x.to(device) for x in group] for group in (self.weights, self.biases))
         moved.target = self.target.to(device)
         if hasattr(self, "points"):
             moved.points = self.points.to(device)
         return moved
 
+    def on_host(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases on the CPU."""
+        problem = self.host or self
+        return problem.weights, problem.biases
+
     def graph(self) -> GraphBatch:
         if self.host is not None:
-            return self.host.graph().to(self.target.device)
+            return self.host.graph().to(self.device)
         return GraphBatch.from_weights(
             self.weights, self.biases, input_value=self.input_value, sign_mask=self.sign_mask
         )
