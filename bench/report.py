@@ -8,7 +8,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench import compare_neural_graphs, compare_original, configs, engine, harness, identities, ops, plots, scaling
+from bench import (
+    compare_neural_graphs,
+    compare_original,
+    configs,
+    engine,
+    gpu,
+    harness,
+    identities,
+    launches,
+    ops,
+    plots,
+    scaling,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 IMAGES = PAGE.parent / "images"
@@ -92,7 +104,31 @@ SECTIONS = (
         "`python -m bench.engine`. A training step with a part of the engine changed over one with nothing changed, "
         "two processes in turn: above 1 the part as it comes pays. p20 to p80 of the rounds in brackets.",
     ),
+    (
+        "launches",
+        launches.page,
+        None,
+        "Operators of a training step",
+        "`python -m bench.launches`. Forward, loss and backward, counted below autograd without computing anything; "
+        "views and empty tensors are left out. On a GPU each is one kernel or a few. *plain*: the formulas as PyTorch "
+        "operators; *reference*: with the identities; *kernels*: `symmetrize` and `segment_reduce` as one operator "
+        "each; *row programs*: rounds as row programs, one operator each. The kernels that a GPU really starts are "
+        "counted by `make gpu-check`.",
+    ),
 )
+
+GPU = """## On {name}
+
+`make gpu-check`. A training step of each side in turn, at the same batch and loss; products in float32, in TF32, or
+under autocast to bfloat16. *ours*: launched operator by operator; *graph*: the whole step captured in a CUDA graph and
+replayed; *reference*: ours on the reference backend; *original*, and compiled. The floor is the products that a step
+asks for at the rate of a large square one of the type. Memory is the highest allocated during a step minus that
+before. *launches*: kernels, copies and fills of ours.
+
+{page}
+
+{machines}
+"""
 
 
 def section(name: str, page, draw, title: str, text: str) -> str:
@@ -107,14 +143,23 @@ def section(name: str, page, draw, title: str, text: str) -> str:
     return f"## {title}\n\n{text}\n\n{figure}{page(data)}\n\n{harness.machine_lines(rows)}\n"
 
 
-def main() -> None:
+def gpu_names() -> list[str]:
+    """The result files that `make gpu-check` wrote."""
     known = {name for name, *_ in SECTIONS}
-    gpus = sorted(path.stem for path in harness.RESULTS.glob("*.json") if path.stem not in known)
+    return sorted(path.stem for path in harness.RESULTS.glob("*.json") if path.stem not in known)
+
+
+def gpu_section(name: str) -> str:
+    """A GPU's part of the page."""
+    data = json.loads((harness.RESULTS / f"{name}.json").read_text())
+    return GPU.format(name=name, page=gpu.page(data), machines=harness.machine_lines(data["rows"]))
+
+
+def main() -> None:
+    gpus = gpu_names()
     parts = [INTRODUCTION.format(gpu=", ".join(gpus) or "not measured")]
     parts += [part for item in SECTIONS if (part := section(*item))]
-    for name in gpus:
-        data = json.loads((harness.RESULTS / f"{name}.json").read_text())
-        parts.append(f"## The ops on {name}\n\n{ops.page(data)}\n\nCommit {data['machine']['commit']}.\n")
+    parts += map(gpu_section, gpus)
     PAGE.write_text("\n".join(parts))
     print(f"wrote {PAGE}")
 

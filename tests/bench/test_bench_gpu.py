@@ -1,0 +1,181 @@
+"""What is measured on a GPU, measured on a CPU: ceilings, steps and their page."""
+
+import contextlib
+import json
+import time
+
+import pytest
+import torch
+
+from bench import gpu, harness, isolated, report
+from scalegmn_fast.models import published_config, published_names
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*not exactly equivariant")
+NAME = "mnist_cls/scalegmn"
+
+
+class Recorder:
+    """Records a step as what it is."""
+
+    warm_up = staticmethod(lambda call: call())
+    record = staticmethod(lambda call: call)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    def tiny(name):
+        config = published_config(name)
+        config["scalegmn_args"]["d_hid"] = 4
+        config["scalegmn_args"]["mlp_args"]["d_k"] = [4]
+        config["scalegmn_args"]["num_layers"] = 2
+        config["data"]["layer_layout"] = [2, 3, 1]
+        return config
+
+    monkeypatch.setattr(gpu, "WARM_UP", 4)  # the fourth step is recorded
+    for module in ("bench.gpu", "bench.compare_original"):
+        monkeypatch.setattr(f"{module}.published_config", tiny)
+    return gpu.Place("cpu", tmp_path / "cpu.json", time.monotonic() + 60, recorder=Recorder)
+
+
+def rows(place, benchmark):
+    return [row for row in json.loads(place.output.read_text())["rows"] if row["benchmark"] == benchmark]
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [("NVIDIA H200", "nvidia-h200"), ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"), ("Tesla (T4)", "tesla-t4")],
+)
+def test_slug(name, slug):
+    assert gpu.slug(name) == slug
+
+
+def test_precision_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    with contextlib.suppress(KeyError), gpu.precision("tf32"):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+    with gpu.precision("float32"):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_ceilings_are_one_row_each(place, monkeypatch):
+    alternate = harness.alternate
+    monkeypatch.setattr(harness, "alternate", lambda cases, **kw: alternate(cases, **{**kw, "seconds": 0}))
+    said = gpu.measure_ceilings(place, megabytes=1, size=32)
+    gpu.measure_ceilings(place, megabytes=1, size=32)
+    found = gpu.ceilings(rows(place, "ceilings"))
+    assert set(found) == {"copy", *gpu.DTYPES} and all(rate > 0 for rate in found.values())
+    assert len(rows(place, "ceilings")) == 5
+    assert all(name in said for name in gpu.DTYPES)
+
+
+def test_a_step_is_timed_on_every_side(place):
+    said = gpu.measure_steps(place, [(NAME, 2, "float32"), (NAME, 2, "bfloat16")], seconds=0)
+    assert said == "2 rows"
+    exact, half = rows(place, "steps")
+    assert exact["failures"] == half["failures"] == {}
+    for row in (exact, half):
+        assert set(row["times"]) == {"ours", "graph", "reference"}
+        assert set(row["ratios"]) == {"reference / ours", "reference / graph"}
+        assert set(row["bytes"]) == {"ours", "reference"} and row["step_flops"] > 0
+        assert row["times"]["ours"]["p20_ms"] <= row["times"]["ours"]["median_ms"] <= row["times"]["ours"]["p80_ms"]
+    assert "launches" in exact and exact["launches"] is None
+
+
+def test_a_side_that_fails_is_named_and_the_others_are_timed(place, monkeypatch):
+    def refuses(*args):
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(Recorder, "record", staticmethod(refuses))
+    gpu.measure_steps(place, [(NAME, 2, "float32")], seconds=0)
+    (row,) = rows(place, "steps")
+    assert row["failures"] == {"graph": "RuntimeError: no graphs here"}
+    assert set(row["times"]) == {"ours", "reference"}
+
+
+def test_steps_of_hetero_are_not_recorded(place):
+    row = gpu.measure_step(place, "cifar10/scalegmn_hetero", 2, "float32", seconds=0)
+    assert row["failures"] == {"graph": "batches with a sign mask are not recorded"}
+
+
+def test_where_ours_fails_the_stage_fails_after_all_rows(place, monkeypatch):
+    monkeypatch.setattr("bench.gpu.Ours.forward", lambda *_: 1 / 0)
+    with pytest.raises(isolated.MeasurementError, match="ours failed in 2 of 2 rows: .*ZeroDivisionError"):
+        gpu.measure_steps(place, [(NAME, 1, "float32"), (NAME, 2, "float32")], seconds=0)
+    assert len(rows(place, "steps")) == 2
+
+
+def test_rows_stop_where_the_time_ends(place):
+    late = gpu.Place(place.device, place.output, time.monotonic() - 1, recorder=Recorder)
+    assert gpu.measure_steps(late, [(NAME, 2, "float32")], seconds=0) == "0 rows, no time for 1"
+
+
+def test_every_configuration_is_measured_before_the_next_size_and_type():
+    found = gpu.passes(published_names())
+    assert found[:20] == [(name, 16, "float32") for name in published_names()]
+    assert len(found) == len(set(found))
+    assert all(row[1] == published_config(row[0])["batch_size"] for row in found[20:40])
+
+
+def test_ops_and_what_the_sanitizer_runs(place):
+    place.write({"benchmark": "ceilings", "op": "copy", "rate": 1e9})
+    assert gpu.measure_ops(place, count=64, widths=(8,), seconds=0) == "16 rows"
+    assert {row["backend"] for row in rows(place, "ops")} == {"reference", "cpp"}
+    assert gpu.sanitize(place) == "48 calls, forward and backward"
+
+
+def sample(place, dtype="float32", batch=16):
+    times = {case: harness.summary([value / 1e3]) for case, value in
+             {"original": 40.0, "reference": 8.0, "ours": 4.0, "graph": 1.0}.items()}  # fmt: skip
+    ratio = {name: {"median": value, "p20": value, "p80": value} for name, value in
+             {"original / ours": 10.0, "original / graph": 40.0}.items()}  # fmt: skip
+    place.write(
+        {"benchmark": "ceilings", "op": "copy", "rate": 4e12},
+        {"benchmark": "ceilings", "op": "gemm", "dtype": dtype, "rate": 2e12},
+        {"benchmark": "steps", "config": NAME, "batch": batch, "dtype": dtype, "times": times, "ratios": ratio,
+         "failures": {}, "bytes": {"original": 3_000_000, "ours": 200_000}, "step_flops": 10**9, "launches": 321},
+        {"benchmark": "steps", "config": "cifar10/scalegmn_hetero", "batch": batch, "dtype": dtype,
+         "failures": {"ours": "out of memory"}},
+        {"benchmark": "stages", "config": "tests", "status": "passed", "detail": "604 passed", "seconds": 81.0},
+    )  # fmt: skip
+
+
+def test_the_page_of_a_gpu(place, monkeypatch, tmp_path):
+    sample(place)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    report.main()
+    page = (tmp_path / "page.md").read_text()
+    assert "GPU: cpu." in page and "## On cpu" in page
+    assert "| tests | passed | 604 passed | 81 |" in page
+    assert "Ceilings: copy 4000 GB/s, float32 2.0 TFLOP/s." in page
+    assert "Training step, float32, batch 16:" in page
+    line = next(line for line in page.splitlines() if line.startswith(f"| {NAME}"))
+    cells = dict(zip(header(page), (cell.strip() for cell in line.strip("|").split("|")), strict=True))
+    assert cells["ours (ms)"] == "4.00" and cells["original / graph"] == "40.00x"
+    assert cells["floor (ms)"] == "0.500" and cells["graph / floor"] == "2.0" and cells["ours / floor"] == "8.0"
+    assert cells["memory"] == "15.0x" and cells["launches"] == "321"
+    assert "ours: out of memory" in page and "**40.00x** (1)" in page
+    assert gpu.headlines(rows(place, "steps")) == [
+        "float32, batch 16: original / ours 10.00 (1), original / graph 40.00 (1), memory 15.00 (1)"
+    ]
+
+
+def header(page):
+    line = next(line for line in page.splitlines() if line.startswith("| configuration"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_without_a_file_the_gpu_is_not_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    report.main()
+    assert "GPU: not measured." in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_call_are_counted():
+    x = torch.ones(100, device="cuda")
+    assert gpu.kernel_launches(lambda: (x + 1) * 2, "cuda") == 2
+    assert gpu.peak_bytes(lambda: x + 1, "cuda") >= 400
