@@ -88,6 +88,19 @@ def test_cuda_kernels_are_in_the_module():
             assert listing.count(f"sm_{number}.ptx") >= stems, (arch, listing)
 
 
+def test_cuda_kernels_multiply_offsets_in_64_bits():
+    """A product of 32 bits in a kernel would be an offset that wraps beyond 2^31 elements."""
+    if not compiled().build_info()["cuda_archs"]:
+        pytest.skip("the module was built where nvcc was absent: it holds no CUDA kernels to look at")
+    command = [cuobjdump(), "--dump-ptx", compiled().__file__]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"\.entry (\S+?)\((.*?)^\}", listing, re.M | re.S)
+    assert len(kernels) == listing.count(".entry ") > 0
+    for name, body in kernels:
+        assert not re.findall(r"\b(?:mul|mad)\.lo\.[us]32\b", body), name
+        assert re.search(r"\b(?:mul|mad)\.(?:lo\.[us]64|wide\.[us]32)\b", body), name
+
+
 def test_every_op_is_registered_for_both_devices():
     compiled()
     for op, served in backends.OPS.items():
