@@ -1,0 +1,364 @@
+"""`row_program` on a GPU: one generated kernel per section of a program (see `row_source`), forward and backward.
+
+Forward: a program runs all steps on one tile of rows and adds up its rows per segment. A segment that spans tiles is
+left in parts, one per tile, which `merge_kernel` adds in order.
+
+Backward: `PROGRAMS` programs go through the tiles in turn. Gradients of parameters are summed in a place per program, and
+the places are added up; gradients of rows read through an index are written in the order of the rows, and added up per
+row of the table by `segment_reduce`, through the sorted index. No float atomics: every order of summation depends on
+the sizes alone.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from scalegmn_fast.reference.row_program import LOADS, REDUCTIONS, result_dtype, sections
+
+from . import row_source
+from .row_source import Operand, Request, Unsupported
+from .segment_reduce import segment_reduce
+from .tiles import launch_options
+
+REDUCES = ("none", "sum")
+PROGRAMS = 132
+MERGE_LANES, MERGE_COLS, MERGE_WARPS = 16, 128, 4
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+PRECISION = "SCALEGMN_FAST_TRITON_DOT"
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+def dot_precision():
+    """How float32 products are computed: SCALEGMN_FAST_TRITON_DOT, else by torch.get_float32_matmul_precision()."""
+    chosen = os.environ.get(PRECISION) or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
+    if chosen not in PRECISIONS:
+        raise ValueError(f"{PRECISION}: expected one of {', '.join(PRECISIONS)}, got {chosen!r}")
+    return chosen
+
+
+class Tile(NamedTuple):
+    """Rows of a tile and warps of a program."""
+
+    rows: int
+    warps: int
+
+
+def tile_of(direction, width, low_precision):
+    """The launch configuration of a section whose widest tile has `width` columns."""
+    if direction == "forward":
+        return Tile(64, 8) if low_precision else Tile(32, 8)
+    return Tile(32, 8)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def merge_kernel(
+    partial, holds, reduced, tiles,
+    WIDTH: tl.constexpr, ACC: tl.constexpr, BLOCK_LANES: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """The segment that begins in this program's tile and ends in a later one, from its parts (`row_steps.add_up`)."""
+    tile = tl.program_id(0).to(tl.int64)
+    segment = tl.load(holds + 2 * tile + 1)
+    if segment >= 0:
+        col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        col_mask = col < WIDTH
+        lane = tl.arange(0, BLOCK_LANES)
+        total = tl.zeros([BLOCK_LANES, BLOCK_COLS], ACC)
+        later = tile + 1
+        more = tl.load(holds + 2 * later) == segment
+        while more:
+            mine = tl.load(holds + 2 * (later + lane), mask=later + lane < tiles, other=-1) == segment
+            at = partial + 2 * (later + lane)[:, None] * WIDTH + col[None, :]
+            total += tl.load(at, mask=mine[:, None] & col_mask[None, :], other=0.0)
+            later += BLOCK_LANES
+            more = tl.min(mine.to(tl.int32)) == 1
+        first = tl.load(partial + (2 * tile + 1) * WIDTH + col, mask=col_mask, other=0.0)
+        total = first + tl.sum(total, 0)
+        tl.store(reduced + segment * WIDTH + col, total.to(reduced.dtype.element_ty), mask=col_mask)
+
+
+class Section(NamedTuple):
+    """A section's `Request` and `Source` in one direction, and its kernel's tile."""
+
+    request: Request
+    source: row_source.Source
+    tile: Tile
+    reduced_width: int
+    written_width: int
+
+
+def _used(steps, outputs):
+    """Which steps an output depends on."""
+    used = {number for number in outputs if number >= 0}
+    for number in reversed(range(len(steps))):
+        if number in used:
+            used |= {k for k in (steps[number].a, steps[number].b) if k >= 0}
+    return used
+
+
+def _without_unused(section):
+    """(steps, written, reduced) of a section, less the steps that no output depends on."""
+    used = sorted(_used(section.steps, (section.rows, section.reduced)))
+    place = {-1: -1} | {number: k for k, number in enumerate(used)}
+    steps = tuple(section.steps[k]._replace(a=place[section.steps[k].a], b=place[section.steps[k].b]) for k in used)
+    return steps, place[section.rows], place[section.reduced]
+
+
+@functools.lru_cache(maxsize=1024)
+def _weights(code, count):
+    """The tensors that are weights of linear steps: all of their shape is part of a kernel."""
+    steps = (step for section in sections([0] * (count + 1), code, (0.0,) * len(code)) for step in section.steps)
+    return frozenset(step.t0 for step in steps if step.op == "linear")
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(code, constants, count, operands, indices, wanted, precision):
+    """A `Section` per section of a program of `count` sections, None for one without outputs.
+
+    operands: (dtype, shape) per tensor, the rows of tables None; indices: dtypes; wanted: whether each tensor's
+    gradient is, or None for the forward kernels. Raises `Unsupported`.
+    """
+    acc = "tl.float64" if any(dtype == torch.float64 for dtype, _ in operands) else "tl.float32"
+    result = TYPES[result_dtype([torch.empty(0, dtype=dtype) for dtype, _ in operands], code, count)]
+    shapes = dict(enumerate(shape for _, shape in operands))
+    found = []
+    for section in sections([0] * (count + 1), code, constants):
+        if section.reduction not in REDUCES:
+            raise Unsupported(f"it reduces by {section.reduction}")
+        steps, written, reduced = _without_unused(section)
+        if not steps:
+            found.append(None)
+            continue
+        numbers = sorted({t for step in steps for t in (step.t0, step.t1, step.t2) if t >= 0})
+        used = sorted({step.index for step in steps if step.index >= 0})
+        parts = row_source.partitions(steps, shapes)
+        low = all(operands[step.t0][0].itemsize == 2 for step in steps if step.op == "linear")
+        tile = tile_of("forward" if wanted is None else "backward", max(map(row_source.columns, parts)), low)
+        request = Request(
+            steps, written, reduced,
+            tuple(Operand(t, TYPES[operands[t][0]], shapes[t]) for t in numbers),
+            tuple((k, TYPES[indices[k]]) for k in used),
+            result, acc, precision, tile.rows,
+            () if wanted is None else tuple(t for t in numbers if wanted[t]),
+        )  # fmt: skip
+        source = (row_source.forward_source if wanted is None else row_source.backward_source)(request)
+        widths = [sum(parts[k]) if k >= 0 else 0 for k in (reduced, written)]
+        found.append(Section(request, source, tile, *widths))
+    if len({section.reduced >= 0 for section in map(_request, found) if section}) > 1:
+        raise Unsupported("some of its sections reduce and others do not")
+    return tuple(found)
+
+
+def _request(section):
+    return None if section is None else section.request
+
+
+def _plan(tensors, indices, bounds, code, constants, wanted=None):
+    code, count = tuple(code), len(bounds) - 1
+    weights = _weights(code, count)
+    operands = tuple(
+        (t.dtype, (None, *t.shape[1:]) if t.dim() == 2 and k not in weights else tuple(t.shape))
+        for k, t in enumerate(tensors)
+    )
+    dtypes = tuple(index.dtype for index in indices)
+    wanted = None if wanted is None else tuple(wanted)
+    return plan(code, tuple(constants), count, operands, dtypes, wanted, dot_precision())
+
+
+def why_not(tensors, indices, bounds, code, constants):
+    """Why these kernels do not run a program; None if they do."""
+    try:
+        _plan(tensors, indices, bounds, code, constants)
+    except Unsupported as error:
+        return str(error)
+    return None
+
+
+def _launch(section, programs, named):
+    arguments = [named[name] for name, _ in section.source.arguments]
+    kernel = row_source.compiled(section.source)
+    kernel[(programs,)](*arguments, **launch_options(section.tile.warps), num_stages=1)
+
+
+def _named(tensors, indices, ptr, seed):
+    named = {f"t{k}": t for k, t in enumerate(tensors)} | {f"i{k}": t for k, t in enumerate(indices)}
+    named |= {"ptr": ptr, "seed": seed}
+    if ptr is not None:
+        named |= {"segments": ptr.numel() - 1, "steps": (ptr.numel() - 1).bit_length()}
+    return named
+
+
+def _contiguous(tensors):
+    return [t.contiguous() for t in tensors]
+
+
+def _wide(tensors):
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def row_program(tensors, indices, bounds, code, constants, ptr, seed):
+    """Device implementation of the op `scalegmn_fast::row_program`.
+
+    Args: the op's. Returns what is reduced [S, d], rows [R', d'], and two empty tensors. Computes in float32, in
+    float64 if a tensor is; products in the type of their weight, added up in that. Raises `Unsupported` (`why_not`).
+    Does not wait for the device, and does not look at indices and segments, which have to be in range.
+    """
+    planned = _plan(tensors, indices, bounds, code, constants)
+    tensors, indices = _contiguous(tensors), _contiguous(indices)
+    ptr = None if ptr is None else ptr.contiguous()
+    like, dtype, wide = tensors[0], result_dtype(tensors, code, len(bounds) - 1), _wide(tensors)
+    named = _named(tensors, indices, ptr, seed)
+    reduced_width = max((section.reduced_width for section in planned if section), default=0)
+    written_width = max((section.written_width for section in planned if section), default=0)
+    rows = max((end for section, end in zip(planned, bounds[1:], strict=True) if section and section.written_width), default=0)
+    # Segments without rows are 0, and so are rows of sections that come without steps.
+    reduced = like.new_zeros((ptr.numel() - 1 if reduced_width else 0, reduced_width), dtype=dtype)
+    named |= {"rows_out": like.new_empty((rows, written_width), dtype=dtype), "reduced": reduced}
+    counts = [
+        triton.cdiv(end - begin, section.tile.rows) if section else 0
+        for section, begin, end in zip(planned, bounds[:-1], bounds[1:], strict=True)
+    ]
+    tiles = sum(counts) if reduced_width else 0
+    partial = like.new_empty((tiles, 2, reduced_width), dtype=wide)
+    holds = like.new_empty((tiles, 2), dtype=torch.int64)
+    named |= {"partial": partial, "holds": holds}
+    with torch.cuda.device_of(like):
+        first = 0
+        for section, count, begin, end in zip(planned, counts, bounds[:-1], bounds[1:], strict=True):
+            if count:
+                _launch(section, count, named | {"begin": begin, "end": end, "first_tile": first})
+            first += count
+        if tiles > 1:
+            acc = tl.float64 if wide == torch.float64 else tl.float32
+            merge_kernel[(tiles, triton.cdiv(reduced_width, MERGE_COLS))](
+                partial, holds, reduced, tiles, WIDTH=reduced_width, ACC=acc,
+                BLOCK_LANES=MERGE_LANES, BLOCK_COLS=MERGE_COLS, **launch_options(MERGE_WARPS),
+            )  # fmt: skip
+    return reduced, named["rows_out"], like.new_empty(0, dtype=wide), like.new_empty(0, dtype=torch.int32)
+
+
+class _Gradients:
+    """The gradients of a program's tensors, in parts: of parameters, of tables' rows by number, and through an index."""
+
+    def __init__(self, tensors, indices, bounds, planned, wide):
+        self.tensors, self.indices, self.bounds, self.planned, self.wide = tensors, indices, bounds, planned, wide
+        self.parts = {}
+        self.direct = self._direct()
+        self.gathered = self._gathered()
+        self.sorted = {}
+
+    def _present(self):
+        for section, begin, end in zip(self.planned, self.bounds[:-1], self.bounds[1:], strict=True):
+            if section is not None and begin < end:
+                yield section, begin, end
+
+    def _direct(self):
+        """{tensor: rows of its gradient}: in its own type where each has one contribution, 0 where there is none."""
+        uses = {}
+        for section, begin, end in self._present():
+            for tensor, count in section.source.direct:
+                rows, once = uses.get(tensor, (0, True))
+                uses[tensor] = rows + end - begin, once and count == 1
+        elsewhere = {tensor for section, *_ in self._present() for tensor, _ in section.source.gathered}
+        elsewhere |= {tensor for section, *_ in self._present() for tensor, *_ in section.source.parameters}
+        found = {}
+        for tensor, (rows, once) in uses.items():
+            like = self.tensors[tensor]
+            dtype = like.dtype if once and tensor not in elsewhere else self.wide
+            found[tensor] = (torch.empty_like if rows == like.shape[0] else torch.zeros_like)(like, dtype=dtype)
+        return found
+
+    def _gathered(self):
+        """{(tensor, index): (first row, gradients of the rows that the index reads)}."""
+        spans = {}
+        for section, begin, end in self._present():
+            for key in section.source.gathered:
+                low, high, rows = spans.get(key, (begin, end, 0))
+                spans[key] = min(low, begin), max(high, end), rows + end - begin
+        found = {}
+        for (tensor, index), (low, high, rows) in spans.items():
+            like = self.tensors[tensor]
+            make = like.new_empty if rows == high - low else like.new_zeros
+            found[tensor, index] = low, make((high - low, like.shape[1]), dtype=self.wide)
+        return found
+
+    def named(self, section, begin):
+        found = {f"d{tensor}": self.direct[tensor] for tensor, _ in section.source.direct}
+        for tensor, index in section.source.gathered:
+            low, rows = self.gathered[tensor, index]
+            found[f"s{tensor}_{index}"] = rows[begin - low :]
+        return found
+
+    def add(self, tensor, part):
+        self.parts.setdefault(tensor, []).append(part)
+
+    def add_parameters(self, section, slots):
+        """slots [programs, numbers]: a section's sums per program."""
+        total = slots[0] if slots.shape[0] == 1 else slots.sum(0)
+        for tensor, at, size in section.source.parameters:
+            self.add(tensor, total[at : at + size].view(self.tensors[tensor].shape))
+
+    def _order(self, index, low, high, table_rows):
+        """(CSR by row of the table, places) of what an index reads."""
+        key = index, low, high, table_rows
+        if key not in self.sorted:
+            ordered, places = torch.sort(self.indices[index][low:high], stable=True)
+            numbers = torch.arange(table_rows + 1, device=ordered.device, dtype=ordered.dtype)
+            self.sorted[key] = torch.searchsorted(ordered, numbers), places
+        return self.sorted[key]
+
+    def result(self, wanted):
+        for tensor, rows in self.direct.items():
+            self.add(tensor, rows)
+        for (tensor, index), (low, rows) in self.gathered.items():
+            table = self.tensors[tensor]
+            ptr, places = self._order(index, low, low + rows.shape[0], table.shape[0])
+            self.add(tensor, segment_reduce(rows, ptr, places, ["sum"], 0.0)[0].view(table.shape))
+        found = []
+        for number, (tensor, want) in enumerate(zip(self.tensors, wanted, strict=True)):
+            if not want:
+                found.append(tensor.new_empty(0))
+            elif number not in self.parts:
+                found.append(torch.zeros_like(tensor))
+            else:
+                found.append(functools.reduce(torch.add, self.parts[number]).to(tensor.dtype))
+        return found
+
+
+def row_program_backward(
+    grad_reduced, grad_rows, reduced, kept, extremes, tensors, indices, bounds, code, constants, ptr, seed, wanted
+):
+    """Device implementation of the op `scalegmn_fast::row_program_backward`.
+
+    Args: the op's; reduced, kept and extremes are not read. Returns the gradients of the wanted tensors, each in its
+    own dtype, and empty tensors of shape [0] for the others. As `row_program` otherwise.
+    """
+    planned = _plan(tensors, indices, bounds, code, constants, wanted)
+    tensors, indices = _contiguous(tensors), _contiguous(indices)
+    wide, like = _wide(tensors), tensors[0]
+    dtype = result_dtype(tensors, code, len(bounds) - 1)
+    named = _named(tensors, indices, None if ptr is None else ptr.contiguous(), seed)
+    named |= {"grad_rows": grad_rows.to(dtype).contiguous(), "grad_reduced": grad_reduced.to(dtype).contiguous()}
+    gradients = _Gradients(tensors, indices, bounds, planned, wide)
+    with torch.cuda.device_of(like):
+        for section, begin, end in zip(planned, bounds[:-1], bounds[1:], strict=True):
+            if section is None or begin == end or not section.request.wanted:
+                continue
+            source = section.source
+            programs = min(PROGRAMS, triton.cdiv(end - begin, section.tile.rows))
+            slots = like.new_empty((programs, source.slot_size), dtype=wide)
+            saved = like.new_empty((programs, source.saved_size), dtype=wide)
+            _launch(
+                section, programs,
+                named | gradients.named(section, begin)
+                | {"slots": slots, "saved_tiles": saved, "begin": begin, "end": end},
+            )  # fmt: skip
+            if source.slot_size:
+                gradients.add_parameters(section, slots)
+        return gradients.result(wanted)

@@ -1,0 +1,673 @@
+"""Writes the Triton source of the kernels that run one section of a row program, forward and backward.
+
+A step's rows are tiles of at most MAX_COLS columns ("parts") in registers: wider loads and concatenations are several
+of them side by side. The forward kernel runs the steps in order on one tile of rows per program.
+
+The backward kernel runs its tiles in a loop, so that a program adds the gradients of parameters into a place of its own
+(`slots`). For each tile it first keeps the results of the linear steps that derivatives depend on (`saved`, a place per
+program), then goes through the steps in reverse and computes everything else again from those where it is read: tables
+are read again, norms and activations cost less than the registers that would hold them.
+"""
+
+import dataclasses
+import functools
+import linecache
+
+import triton
+import triton.language as tl
+
+from scalegmn_fast.reference.row_program import ACTIVATIONS, Step
+
+from . import row_steps
+from .activations import activate, activation_derivative
+from .tiles import next_power_of_2
+
+MAX_COLS = int(__import__("os").environ.get("MC","128"))
+MIN_COLS = 16  # of a product's operand
+MAX_WIDTH = 512
+
+HEADER = "@triton.jit(do_not_specialize=['begin', 'end', 'segments', 'steps', 'first_tile'])"
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A tensor of a program: its type as Triton names it, and the width of a table's rows or a parameter's shape."""
+
+    number: int
+    dtype: str
+    shape: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the kernels of a section depend on; the numbers of steps, tensors and indices are the program's.
+
+    written, reduced: steps, -1: none; result: type of both; acc: arithmetic type; precision: of float32 products;
+    wanted: tensors whose gradients the backward kernel computes.
+    """
+
+    steps: tuple[Step, ...]
+    written: int
+    reduced: int
+    operands: tuple[Operand, ...]
+    indices: tuple[tuple[int, str], ...]
+    result: str
+    acc: str
+    precision: str
+    block: int
+    wanted: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A kernel's text. arguments: (name, type) in order; parameters: (tensor, offset, size) in a program's place of
+    `slots`, slot_size numbers in all; saved_size: numbers of a program's place of `saved`; direct: tensors whose
+    gradients' rows are written by number, and how often; gathered: (tensor, index) whose gradients' rows are written in order."""
+
+    text: str
+    arguments: tuple
+    parameters: tuple = ()
+    slot_size: int = 0
+    saved_size: int = 0
+    direct: tuple = ()
+    gathered: tuple = ()
+
+
+class Unsupported(ValueError):
+    """A program that these kernels do not run; the message says why."""
+
+
+def parts_of(width):
+    """Widths of the parts of a row."""
+    return tuple(min(MAX_COLS, width - first) for first in range(0, width, MAX_COLS))
+
+
+def _cols(count):
+    return max(MIN_COLS, next_power_of_2(count))
+
+
+def columns(parts):
+    """Columns of the tiles of parts."""
+    return sum(map(_cols, parts))
+
+
+def partitions(steps, shapes):
+    """The widths of the parts of each step's rows; shapes: {tensor: width of its rows, or shape of a weight}.
+
+    Raises `Unsupported` for what the kernels do not run.
+    """
+    found = []
+    for number, step in enumerate(steps):
+        if step.op == "load":
+            parts = parts_of(shapes[step.t0][-1])
+        elif step.op == "linear":
+            parts = parts_of(shapes[step.t0][0])
+        elif step.op == "concat":
+            parts = found[step.a] + found[step.b]
+        elif step.op == "head_dot":
+            raise Unsupported("it has attention")
+        else:
+            parts = found[step.a]
+            if step.op in ("add", "mul") and found[step.b] != parts:
+                raise Unsupported(f"step {number} joins rows of parts {found[step.a]} and {found[step.b]}")
+        if sum(parts) > MAX_WIDTH:
+            raise Unsupported(f"step {number} has rows of width {sum(parts)}, of {MAX_WIDTH} at most")
+        found.append(parts)
+    return found
+
+
+class _Writer:
+    """Writes statements; values are lists of names, one per part."""
+
+    def __init__(self, request):
+        self.request = request
+        self.steps = request.steps
+        self.shapes = {operand.number: operand.shape for operand in request.operands}
+        self.parts = partitions(request.steps, self.shapes)
+        self.lines = []
+        self.names = 0
+        self.used_tensors, self.used_indices = set(), set()
+        self.uses_seed = False
+
+    # -- text
+
+    def line(self, text):
+        self.lines.append(text)
+
+    def new(self, expression, kind="x"):
+        name = f"{kind}{self.names}"
+        self.names += 1
+        self.line(f"{name} = {expression}")
+        return name
+
+    def tensor(self, number):
+        self.used_tensors.add(number)
+        return f"t{number}"
+
+    def at(self, index):
+        if index < 0:
+            return "row"
+        self.used_indices.add(index)
+        return f"at{index}"
+
+    def layout(self, number):
+        """(first column, count, columns of the tile) of each part of a step's rows."""
+        first = 0
+        for count in self.parts[number]:
+            yield first, count, _cols(count)
+            first += count
+
+    def width(self, number):
+        return sum(self.parts[number])
+
+    # -- what steps read
+
+    def rows_of(self, step, number):
+        """The rows of a table that a step reads, in the parts of its result."""
+        acc, width = self.request.acc, self.shapes[step.t0][-1]
+        table, at = self.tensor(step.t0), self.at(step.index)
+        if step.op == "scale":
+            return [self.new(f"load_rows({table}, {at}, inside, 1, 0, 1, 1, {acc})")] * len(self.parts[number])
+        return [
+            self.new(f"load_rows({table}, {at}, inside, {width}, {first}, {count}, {cols}, {acc})")
+            for first, count, cols in self.layout(number)
+        ]
+
+    def vector(self, tensor, number):
+        """A parameter [d] in the parts of a step's rows; None if absent."""
+        if tensor < 0:
+            return None
+        name, acc = self.tensor(tensor), self.request.acc
+        return [
+            self.new(f"load_vector({name}, {first}, {count}, {cols}, {acc})")
+            for first, count, cols in self.layout(number)
+        ]
+
+    def total(self, names, of="{}"):
+        """The sum over columns of an expression of each part."""
+        return self.new(" + ".join(f"tl.sum({of.format(*pair)}, 1)" for pair in _tuples(names)))
+
+    def each(self, template, *lists):
+        """An expression of the parts of each value."""
+        return [self.new(template.format(*names)) for names in zip(*lists, strict=True)]
+
+    def kept(self, template, number, *lists):
+        """As `each`, with columns beyond the width set to 0."""
+        found = []
+        for (_, count, cols), *names in zip(self.layout(number), *lists, strict=True):
+            expression = template.format(*names)
+            found.append(self.new(expression if count == cols else f"kept({expression}, {count})"))
+        return found
+
+    # -- forward steps
+
+    def norm(self, x, number, weight, shift):
+        """(LN(x), standardised x, 1 / deviation); (x, None, None) without a norm."""
+        if weight < 0:
+            return x, None, None
+        width = self.width(number)
+        mean = self.new(f"({self.total(x)}) / {width}")
+        counts = [str(count) for count in self.parts[number]]
+        centred = self.each("centred({}, " + mean + ", {})", x, counts)
+        rstd = self.new(f"deviation({self.total(centred, '{0} * {0}')}, {width})")
+        normal = self.each("{} * " + rstd + "[:, None]", centred)
+        return self.each("{} * {} + {}", normal, self.vector(weight, number), self.vector(shift, number)), normal, rstd
+
+    def activated(self, pre, number, step):
+        name = list(ACTIVATIONS)[step.activation]
+        if name == "identity":
+            return pre
+        template = f"activate({{}}, '{name}', {step.p0!r})"
+        return self.kept(template, number, pre) if name == "sigmoid" else self.each(template, pre)
+
+    def slope(self, pre, step):
+        """The activation's derivative; None for 1."""
+        name = list(ACTIVATIONS)[step.activation]
+        if name == "identity":
+            return None
+        return self.each(f"activation_derivative({{}}, '{name}', {step.p0!r})", pre)
+
+    def branches(self, a, number, step):
+        """The two arguments of a symmetrised activation, after its norm: (LN, standardised, 1 / deviation) of each."""
+        bias = self.vector(step.t0, number)
+        plus, minus = (a, self.each("-{}", a)) if bias is None else (
+            self.each("{} + {}", bias, a), self.each("{} - {}", bias, a)
+        )  # fmt: skip
+        return [self.norm(x, number, step.t1, step.t2) for x in (plus, minus)]
+
+    def scaled(self, a, eps):
+        """Rows in a range where their squares are finite: (factor, rows, norm, whether it is 0, norm + eps)."""
+        largest = [self.new(f"tl.max(tl.abs({x}), 1)") for x in a]
+        factor = self.new(f"safe_factor({functools.reduce('tl.maximum({}, {})'.format, largest)})")
+        rows = self.each("{} * " + factor + "[:, None]", a)
+        norm = self.new(f"tl.sqrt({self.total(rows, '{0} * {0}')})")
+        zero = self.new(f"{norm} == 0.0")
+        return factor, rows, norm, zero, self.new(f"tl.where({zero}, 1.0, {norm} + {eps!r} * {factor})")
+
+    def dropout(self, x, number, step):
+        self.uses_seed = True
+        how = f"seed, row, {int(step.p1)}, {step.p0!r}, {int(step.p0 * 4294967296.0)}"
+        return [
+            self.new(f"dropped({name}, {how}, {first})")
+            for name, (first, _, _) in zip(x, self.layout(number), strict=True)
+        ]
+
+    def linear(self, a, number, step):
+        weight, inputs = self.tensor(step.t0), self.width(step.a)
+        found = []
+        for first, count, cols in self.layout(number):
+            products = [
+                f"product({x}, {weight}, {inputs}, {first}, {count}, {cols}, {in_first}, {in_count}, PRECISION)"
+                for x, (in_first, in_count, _) in zip(a, self.layout(step.a), strict=True)
+            ]
+            name = self.new(products[0])
+            for other in products[1:]:
+                name = self.new(f"{name} + {other}")
+            found.append(name)
+        bias = self.vector(step.t1, number)
+        return found if bias is None else self.each("{} + {}", found, bias)
+
+    def forward(self, number, get):
+        """The statements of a step; get(k): the parts of the result of step k."""
+        step = self.steps[number]
+        a = get(step.a) if step.a >= 0 else None
+        match step.op:
+            case "load":
+                return self.rows_of(step, number)
+            case "load_mul" | "scale":
+                return self.each("{} * {}", a, self.rows_of(step, number))
+            case "load_add":
+                return self.each("{} + {}", a, self.rows_of(step, number))
+            case "linear":
+                return self.linear(a, number, step)
+            case "add" | "mul":
+                return self.each("{} + {}" if step.op == "add" else "{} * {}", a, get(step.b))
+            case "negate":
+                return self.each("-{}", a)
+            case "add_vector":
+                return self.each("{} + {}", a, self.vector(step.t0, number))
+            case "symmetrize":
+                plus, minus = (self.activated(pre, number, step) for pre, _, _ in self.branches(a, number, step))
+                return self.each("{} + {}", plus, minus)
+            case "norm_act":
+                return self.activated(self.norm(a, number, step.t1, step.t2)[0], number, step)
+            case "abs":
+                return self.each("tl.abs({})", a)
+            case "normalize":
+                _, rows, _, _, divisor = self.scaled(a, step.p0)
+                return self.each("{} / " + divisor + "[:, None]", rows)
+            case "dropout":
+                return self.dropout(a, number, step)
+            case "concat":
+                return a + get(step.b)
+        raise Unsupported(f"step {number} is {step.op}")
+
+    # -- the whole
+
+    def prologue(self, first_row):
+        """Row numbers, what is inside of the section, and the rows that indices name."""
+        lines = [
+            f"row = ({first_row} + tl.arange(0, {self.request.block})).to(tl.int64)",
+            "inside = row < end",
+        ]
+        for index in sorted(self.used_indices):
+            lines.append(f"at{index} = tl.load(i{index} + row, mask=inside, other=0).to(tl.int64)")
+        if self.request.reduced >= 0:
+            lines.append("segment = segments_of(ptr, row, end, segments, steps)")
+        return lines
+
+    def inputs(self):
+        """(name, type) of the arguments that both kernels have."""
+        types = {operand.number: operand.dtype for operand in self.request.operands}
+        found = [(f"t{number}", "*" + types[number]) for number in sorted(self.used_tensors)]
+        found += [(f"i{number}", "*" + dict(self.request.indices)[number]) for number in sorted(self.used_indices)]
+        if self.request.reduced >= 0:
+            found.append(("ptr", "*i64"))
+        if self.uses_seed:
+            found.append(("seed", "*i64"))
+        return found
+
+    def scalars(self):
+        return [("begin", "i64"), ("end", "i64")] + (
+            [("segments", "i64"), ("steps", "i32")] if self.request.reduced >= 0 else []
+        )
+
+
+def _tuples(names):
+    return [(name,) if isinstance(name, str) else name for name in names]
+
+
+def _text(name, arguments, lines):
+    signature = ", ".join(argument for argument, _ in arguments)
+    return "\n".join([HEADER, f"def {name}({signature}):", *(f"    {line}" for line in lines)]) + "\n"
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_source(request):
+    """`Source` of a section's forward kernel: one tile of request.block rows per program.
+
+    Arguments after the inputs: rows_out [*, d'], reduced [S, d], partial and holds (see `row_steps.add_up`), as far as
+    the section has them; begin, end; segments, steps (`find_segment`'s) and first_tile, the number of its first tile.
+    """
+    writer = _Writer(request)
+    values = {}
+
+    def get(number):
+        if number not in values:
+            values[number] = writer.forward(number, get)
+        return values[number]
+
+    outputs = []
+    written, reduced = request.written, request.reduced
+    # In the order of the steps, so that a result is stored before the next branch begins.
+    for number in sorted(number for number in (written, reduced) if number >= 0):
+        names, width = get(number), writer.width(number)
+        if number == written:
+            outputs.append(("rows_out", "*" + request.result))
+            for name, (first, count, _) in zip(names, writer.layout(number), strict=True):
+                writer.line(f"store_rows(rows_out, row, inside, {name}, {width}, {first}, {count})")
+        if number == reduced:
+            outputs += [("reduced", "*" + request.result), ("partial", "*" + _short(request.acc)), ("holds", "*i64")]
+            writer.line("rank = ranks_of(ptr, segment, row)")
+            for name, (first, count, _) in zip(names, writer.layout(number), strict=True):
+                where = "ptr, segment, rank, row, inside, end, reduced, partial, tile"
+                writer.line(f"add_up({name}, {where}, {width}, {first}, {count})")
+            writer.line("note_parts(ptr, segment, row, end, holds, tile)")
+    lines = [f"PRECISION: tl.constexpr = {request.precision!r}", "number = tl.program_id(0).to(tl.int64)"]
+    lines += writer.prologue(f"begin + number * {request.block}")
+    scalars = writer.scalars()
+    if reduced >= 0:
+        lines.append("tile = first_tile + number")
+        scalars.append(("first_tile", "i64"))
+    arguments = (*writer.inputs(), *outputs, *scalars)
+    return Source(_text("forward_kernel", arguments, lines + writer.lines), arguments)
+
+
+def _short(acc):
+    return {"tl.float32": "fp32", "tl.float64": "fp64"}[acc]
+
+
+class _Backward(_Writer):
+    def __init__(self, request):
+        super().__init__(request)
+        self.wanted = set(request.wanted)
+        self.wants = []
+        for step in self.steps:
+            read = [self.wants[k] for k in (step.a, step.b) if k >= 0]
+            self.wants.append(any(read) or bool(self.wanted & {step.t0, step.t1, step.t2}))
+        self.grads = {}
+        self.saved, self.saved_size = {}, 0
+        self.parameters, self.slot_size = {}, 0
+        self.direct, self.gathered = {}, {}
+
+    def recomputed(self, number, known):
+        """The parts of a step's result where derivatives read it."""
+        if number not in known:
+            if self.steps[number].op == "linear":
+                known[number] = [
+                    self.new(f"saved(kept_tiles + {at}, {cols}, {self.request.block})")
+                    for at, (_, _, cols) in zip(self.place(number), self.layout(number), strict=True)
+                ]
+            else:
+                known[number] = self.forward(number, lambda k: self.recomputed(k, known))
+        return known[number]
+
+    def place(self, number):
+        """Offsets of a linear step's parts in a program's place of `saved`."""
+        if number not in self.saved:
+            self.saved[number] = []
+            for _, _, cols in self.layout(number):
+                self.saved[number].append(self.saved_size)
+                self.saved_size += cols * self.request.block
+        return self.saved[number]
+
+    def give(self, number, names):
+        """A contribution to the gradient of a step."""
+        if not self.wants[number]:
+            return
+        known = self.grads.get(number)
+        self.grads[number] = names if known is None else self.each("{} + {}", known, names)
+
+    def parameter(self, tensor, size):
+        """(place of the gradient of a parameter, whether this is its first contribution in a tile)."""
+        first = tensor not in self.parameters
+        if first:
+            self.parameters[tensor] = (self.slot_size, size)
+            self.slot_size += size
+        return f"slot + {self.parameters[tensor][0]}", "fresh" if first else "tile < first"
+
+    def give_vector(self, tensor, number, grads):
+        if tensor not in self.wanted:
+            return
+        to, fresh = self.parameter(tensor, self.width(number))
+        for name, (first, count, _) in zip(grads, self.layout(number), strict=True):
+            self.line(f"add_vector_gradient({to}, {fresh}, {name}, {first}, {count})")
+
+    def give_rows(self, step, number, grads):
+        """The gradient of the rows that a step reads from a table."""
+        if step.t0 not in self.wanted:
+            return
+        if step.index < 0:
+            known, key, name, at = self.direct, step.t0, f"d{step.t0}", "row"
+        else:
+            known, key = self.gathered, (step.t0, step.index)
+            name, at = f"s{step.t0}_{step.index}", "row - begin"
+        first_time = key not in known
+        known[key] = known.get(key, 0) + 1
+        width = self.shapes[step.t0][-1]
+        layout = [(0, 1, 1)] if step.op == "scale" else self.layout(number)
+        for grad, (first, count, _) in zip(grads, layout, strict=True):
+            how = "store_rows" if first_time else "add_rows"
+            self.line(f"{how}({name}, {at}, inside, {grad}, {width}, {first}, {count})")
+
+    def norm_backward(self, grad, number, step, normal, rstd):
+        """The gradient of a norm's argument, from that of its result; gives those of its parameters."""
+        if normal is None:
+            return grad
+        self.give_vector(step.t2, number, grad)
+        if step.t1 in self.wanted:
+            self.give_vector(step.t1, number, self.each("{} * {}", grad, normal))
+        grad = self.each("{} * {}", grad, self.vector(step.t1, number))
+        total = self.total(grad)
+        along = self.total(list(zip(grad, normal, strict=True)), "{0} * {1}")
+        width = self.width(number)
+        counts = [str(count) for count in self.parts[number]]
+        template = f"norm_backward({{}}, {{}}, {rstd}, {total}, {along}, {width}, {{}})"
+        return self.each(template, grad, normal, counts)
+
+    def backward(self, number):
+        """The statements that give the gradients of what a step reads, from that of its result."""
+        step, grad, known = self.steps[number], self.grads.pop(number), {}
+        a = step.a
+
+        def value(k):
+            return self.recomputed(k, known)
+
+        match step.op:
+            case "load":
+                self.give_rows(step, number, grad)
+            case "load_add":
+                self.give_rows(step, number, grad)
+                self.give(a, grad)
+            case "load_mul":
+                if step.t0 in self.wanted:
+                    self.give_rows(step, number, self.each("{} * {}", grad, value(a)))
+                if self.wants[a]:
+                    self.give(a, self.each("{} * {}", grad, self.rows_of(step, number)))
+            case "scale":
+                if step.t0 in self.wanted:
+                    along = self.total(list(zip(grad, value(a), strict=True)), "{0} * {1}")
+                    self.give_rows(step, number, [self.new(f"{along}[:, None]")])
+                if self.wants[a]:
+                    self.give(a, self.each("{} * {}", grad, self.rows_of(step, number)))
+            case "linear":
+                self.linear_backward(number, step, grad, value)
+            case "add":
+                self.give(a, grad)
+                self.give(step.b, grad)
+            case "mul":
+                if self.wants[a]:
+                    self.give(a, self.each("{} * {}", grad, value(step.b)))
+                if self.wants[step.b]:
+                    self.give(step.b, self.each("{} * {}", grad, value(a)))
+            case "negate":
+                self.give(a, self.each("-{}", grad))
+            case "add_vector":
+                self.give_vector(step.t0, number, grad)
+                self.give(a, grad)
+            case "symmetrize":
+                self.symmetrize_backward(number, step, grad, value(a))
+            case "norm_act":
+                pre, normal, rstd = self.norm(value(a), number, step.t1, step.t2)
+                slope = self.slope(pre, step)
+                grad = grad if slope is None else self.each("{} * {}", grad, slope)
+                self.give(a, self.norm_backward(grad, number, step, normal, rstd))
+            case "abs":
+                if self.wants[a]:
+                    self.give(a, self.each("abs_backward({}, {})", grad, value(a)))
+            case "normalize":
+                if self.wants[a]:
+                    self.normalize_backward(step, grad, value(a))
+            case "dropout":
+                if self.wants[a]:
+                    self.give(a, self.dropout(grad, number, step))
+            case "concat":
+                split = len(self.parts[a])
+                self.give(a, grad[:split])
+                self.give(step.b, grad[split:])
+
+    def linear_backward(self, number, step, grad, value):
+        self.give_vector(step.t1, number, grad)
+        inputs, outputs = self.width(step.a), self.width(number)
+        blocks = [
+            (out, place[:2], inside)
+            for out, place in zip(grad, self.layout(number), strict=True)
+            for inside in enumerate(self.layout(step.a))
+        ]
+        weight = self.tensor(step.t0)
+        if step.t0 in self.wanted:
+            x = value(step.a)
+            to, fresh = self.parameter(step.t0, outputs * inputs)
+            for out, (first, count), (k, (in_first, in_count, _)) in blocks:
+                where = f"{inputs}, {first}, {count}, {in_first}, {in_count}, PRECISION"
+                self.line(f"add_weight_gradient({to}, {fresh}, {out}, {x[k]}, {weight}, {where})")
+        if self.wants[step.a]:
+            found = {}
+            for out, (first, count), (k, (in_first, in_count, in_cols)) in blocks:
+                where = f"{inputs}, {first}, {count}, {in_first}, {in_count}, {in_cols}, PRECISION"
+                more = f"product_backward({out}, {weight}, {where})"
+                found[k] = self.new(f"{found[k]} + {more}" if k in found else more, "g")
+            self.give(step.a, list(found.values()))
+
+    def symmetrize_backward(self, number, step, grad, a):
+        sides = []
+        for pre, normal, rstd in self.branches(a, number, step):
+            slope = self.slope(pre, step)
+            side = grad if slope is None else self.each("{} * {}", grad, slope)
+            sides.append(self.norm_backward(side, number, step, normal, rstd))
+        if step.t0 in self.wanted:
+            self.give_vector(step.t0, number, self.each("{} + {}", *sides))
+        if self.wants[step.a]:
+            self.give(step.a, self.each("{} - {}", *sides))
+
+    def normalize_backward(self, step, grad, a):
+        """(g - y (y . g) (norm + eps) / norm) / (norm + eps) with y = a / (norm + eps); rows of norm 0 get 0."""
+        factor, rows, norm, zero, divisor = self.scaled(a, step.p0)
+        unit = self.each(f"{{}} / tl.where({zero}, 1.0, {norm})[:, None]", rows)
+        along = self.total(list(zip(grad, unit, strict=True)), "{0} * {1}")
+        along = self.new(f"{along} * tl.where({zero}, 0.0, {norm} / {divisor})")
+        slope = self.new(f"tl.where({zero}, 0.0, {factor} / {divisor})")
+        self.give(step.a, self.each(f"({{}} - {{}} * {along}[:, None]) * {slope}[:, None]", grad, unit))
+
+    def output_grads(self):
+        """Reads the gradients of the results; yields the arguments that this takes."""
+        acc, width = self.request.acc, self.width
+        for number, name, at in (
+            (self.request.written, "grad_rows", "row"),
+            (self.request.reduced, "grad_reduced", "segment"),
+        ):
+            if number < 0 or not self.wants[number]:
+                continue
+            yield (name, "*" + self.request.result)
+            self.give(number, [
+                self.new(f"load_rows({name}, {at}, inside, {width(number)}, {first}, {count}, {cols}, {acc})", "g")
+                for first, count, cols in self.layout(number)
+            ])  # fmt: skip
+
+    def keep(self):
+        """The forward statements that compute and keep what `recomputed` reads."""
+        values = {}
+
+        def get(number):
+            if number not in values:
+                values[number] = self.forward(number, get)
+            return values[number]
+
+        for number in sorted(self.saved):
+            names = get(number)
+            for name, at in zip(names, self.saved[number], strict=True):
+                self.line(f"save(kept_tiles + {at}, {name})")
+
+
+@functools.lru_cache(maxsize=1024)
+def backward_source(request):
+    """`Source` of a section's backward kernel.
+
+    Arguments after the inputs: grad_rows and grad_reduced, as far as they matter; d<tensor>: rows of the gradient of a
+    table, by number; s<tensor>_<index>: rows [end - begin, d] of the gradient of what an index reads; kept_tiles and
+    slots, a place per program; begin, end; segments, steps.
+    """
+    writer = _Backward(request)
+    outputs = list(writer.output_grads())
+    for number in reversed(range(len(request.steps))):
+        if number in writer.grads:
+            # Else the compiler would take what is computed again for what it still has, and run out of registers.
+            writer.line("tl.debug_barrier()")
+            writer.backward(number)
+    reverse, writer.lines = writer.lines, []
+    writer.keep()
+    forward = writer.lines
+    acc = _short(request.acc)
+    lines = [*writer.prologue(f"begin + tile * {request.block}"), "fresh = tile == first", *forward]
+    lines += reverse + ["tl.debug_barrier()"]
+    head = [
+        f"PRECISION: tl.constexpr = {request.precision!r}",
+        "first = tl.program_id(0).to(tl.int64)",
+    ]
+    types = {operand.number: operand.dtype for operand in request.operands}
+    outputs += [(f"d{tensor}", "*" + types[tensor]) for tensor in writer.direct]
+    outputs += [(f"s{tensor}_{index}", "*" + acc) for tensor, index in writer.gathered]
+    if writer.saved:
+        head.append(f"kept_tiles = saved_tiles + first * {writer.saved_size}")
+        outputs.append(("saved_tiles", "*" + acc))
+    if writer.parameters:
+        head.append(f"slot = slots + first * {writer.slot_size}")
+        outputs.append(("slots", "*" + acc))
+    head += [
+        f"tiles = (end - begin + {request.block - 1}) // {request.block}",
+        "for tile in tl.range(first, tiles, tl.num_programs(0), num_stages=1, disable_licm=True):",
+    ]
+    arguments = (*writer.inputs(), *outputs, *writer.scalars())
+    return Source(
+        _text("backward_kernel", arguments, head + ["    " + line for line in lines]),
+        arguments,
+        tuple((tensor, *place) for tensor, place in writer.parameters.items()),
+        writer.slot_size,
+        writer.saved_size,
+        tuple(writer.direct.items()),
+        tuple(writer.gathered),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def compiled(source):
+    """The kernel of a `Source`, as `triton.jit` gives it."""
+    name = "forward_kernel" if "def forward_kernel" in source.text else "backward_kernel"
+    file = f"<row program {len(linecache.cache)}>"
+    # Where Triton, which parses the text of functions, looks for it.
+    linecache.cache[file] = (len(source.text), None, source.text.splitlines(True), file)
+    namespace = {"triton": triton, "tl": tl, "activate": activate, "activation_derivative": activation_derivative}
+    namespace |= {key: value for key, value in vars(row_steps).items() if isinstance(value, type(activate))}
+    namespace["__name__"] = "scalegmn_fast.kernels.row_program_generated"
+    exec(compile(source.text, file, "exec"), namespace)
+    return namespace[name]

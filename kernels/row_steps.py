@@ -1,0 +1,249 @@
+"""What the kernels that `row_source` writes call: tiles of rows, products, norms, dropout, sums per segment.
+
+Tiles are [BLOCK, COLS] in the arithmetic type, of which COUNT columns hold numbers; the others are 0, in values and in
+gradients alike. Rows outside of a program's section hold whatever comes of 0; they are never stored or added up, and
+their gradients are 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .segment_reduce import find_segment
+from .tiles import LAYER_NORM_EPS
+
+EPS = tl.constexpr(LAYER_NORM_EPS)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def kept(x, COUNT: tl.constexpr):
+    """x with columns from COUNT on set to 0."""
+    if COUNT < x.shape[1]:
+        x = tl.where((tl.arange(0, x.shape[1]) < COUNT)[None, :], x, 0.0)
+    return x
+
+
+@triton.jit
+def _columns(inside, COUNT: tl.constexpr, COLS: tl.constexpr):
+    mask = inside[:, None]
+    if COUNT < COLS:
+        mask = mask & (tl.arange(0, COLS) < COUNT)[None, :]
+    return mask
+
+
+@triton.jit
+def load_rows(
+    table, at, inside, WIDTH: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST to FIRST + COUNT of the rows `at` (int64) of table [*, WIDTH]."""
+    to = table + at[:, None] * WIDTH + (FIRST + tl.arange(0, COLS))[None, :]
+    return tl.load(to, mask=_columns(inside, COUNT, COLS), other=0.0).to(ACC)
+
+
+@triton.jit
+def store_rows(table, at, inside, value, WIDTH: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    COLS: tl.constexpr = value.shape[1]
+    to = table + at[:, None] * WIDTH + (FIRST + tl.arange(0, COLS))[None, :]
+    tl.store(to, value.to(table.dtype.element_ty), mask=_columns(inside, COUNT, COLS))
+
+
+@triton.jit
+def load_vector(vector, FIRST: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
+    """Numbers FIRST to FIRST + COUNT of a vector as [1, COLS]."""
+    col = tl.arange(0, COLS)
+    return tl.load(vector + FIRST + col, mask=col < COUNT, other=0.0).to(ACC)[None, :]
+
+
+@triton.jit
+def _load_weight(
+    weight, INPUTS: tl.constexpr, FIRST_OUT: tl.constexpr, OUTS: tl.constexpr, OUT_COLS: tl.constexpr,
+    FIRST_IN: tl.constexpr, INS: tl.constexpr, IN_COLS: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """A block of weight [*, INPUTS]: [OUT_COLS, IN_COLS], or its transpose; 0 beyond OUTS and INS."""
+    out, column = tl.arange(0, OUT_COLS), tl.arange(0, IN_COLS)
+    if TRANSPOSED:
+        at = (FIRST_OUT + out)[None, :] * INPUTS + (FIRST_IN + column)[:, None]
+        mask = (out < OUTS)[None, :] & (column < INS)[:, None]
+    else:
+        at = (FIRST_OUT + out)[:, None] * INPUTS + (FIRST_IN + column)[None, :]
+        mask = (out < OUTS)[:, None] & (column < INS)[None, :]
+    if OUTS < OUT_COLS or INS < IN_COLS:
+        return tl.load(weight + at, mask=mask, other=0.0)
+    return tl.load(weight + at)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    if INTERPRETED:  # it multiplies no bfloat16: wider, the same products
+        a, b = a.to(ACC), b.to(ACC)
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def product(
+    x, weight, INPUTS: tl.constexpr, FIRST_OUT: tl.constexpr, OUTS: tl.constexpr, OUT_COLS: tl.constexpr,
+    FIRST_IN: tl.constexpr, INS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x [BLOCK, inputs] times the transpose of a block of the weight, in the weight's type, added up in x's."""
+    block = _load_weight(weight, INPUTS, FIRST_OUT, OUTS, OUT_COLS, FIRST_IN, INS, x.shape[1], True)
+    return _dot(x.to(block.dtype), block, PRECISION, x.dtype)
+
+
+@triton.jit
+def product_backward(
+    grad, weight, INPUTS: tl.constexpr, FIRST_OUT: tl.constexpr, OUTS: tl.constexpr, FIRST_IN: tl.constexpr,
+    INS: tl.constexpr, IN_COLS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad [BLOCK, outputs] times a block of the weight: the gradient of `product` for x."""
+    block = _load_weight(weight, INPUTS, FIRST_OUT, OUTS, grad.shape[1], FIRST_IN, INS, IN_COLS, False)
+    return _dot(grad.to(block.dtype), block, PRECISION, grad.dtype)
+
+
+@triton.jit
+def add_weight_gradient(
+    to, fresh, grad, x, weight, INPUTS: tl.constexpr, FIRST_OUT: tl.constexpr, OUTS: tl.constexpr,
+    FIRST_IN: tl.constexpr, INS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds grad^T x to a block of to [*, INPUTS], or writes it there if `fresh`."""
+    dtype: tl.constexpr = weight.dtype.element_ty
+    found = _dot(tl.trans(grad).to(dtype), x.to(dtype), PRECISION, x.dtype)
+    out, column = tl.arange(0, found.shape[0]), tl.arange(0, found.shape[1])
+    at = to + (FIRST_OUT + out)[:, None] * INPUTS + (FIRST_IN + column)[None, :]
+    mask = (out < OUTS)[:, None] & (column < INS)[None, :]
+    _add(at, found, mask, fresh)
+
+
+@triton.jit
+def add_vector_gradient(to, fresh, grad, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Adds grad's column sums to numbers FIRST to FIRST + COUNT of a vector, or writes them there if `fresh`."""
+    col = tl.arange(0, grad.shape[1])
+    _add(to + FIRST + col, tl.sum(grad, 0), col < COUNT, fresh)
+
+
+@triton.jit
+def _add(at, value, mask, fresh):
+    # Several threads may hold the same number: all have read it before one writes.
+    before = tl.where(fresh, 0.0, tl.load(at, mask=mask, other=0.0))
+    tl.debug_barrier()
+    tl.store(at, before + value, mask=mask)
+
+
+@triton.jit
+def add_rows(table, at, inside, value, WIDTH: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Adds to rows of a table that this program alone writes, and wrote before."""
+    tl.debug_barrier()
+    before = load_rows(table, at, inside, WIDTH, FIRST, COUNT, value.shape[1], value.dtype)
+    tl.debug_barrier()
+    store_rows(table, at, inside, before + value, WIDTH, FIRST, COUNT)
+
+
+@triton.jit
+def _place(tile, COLS: tl.constexpr, ROWS: tl.constexpr):
+    return tile + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+
+
+@triton.jit
+def save(to, value):
+    """Keeps a tile for `saved`, which any thread may call after a barrier."""
+    tl.store(_place(to, value.shape[1], value.shape[0]), value)
+
+
+@triton.jit
+def saved(tile, COLS: tl.constexpr, ROWS: tl.constexpr):
+    return tl.load(_place(tile, COLS, ROWS))
+
+
+@triton.jit
+def centred(x, mean, COUNT: tl.constexpr):
+    return kept(x - mean[:, None], COUNT)
+
+
+@triton.jit
+def deviation(squares, WIDTH: tl.constexpr):
+    """1 / standard deviation, from the sum of WIDTH squares."""
+    return 1.0 / tl.sqrt(squares / WIDTH + EPS)
+
+
+@triton.jit
+def norm_backward(grad, normal, rstd, total, along, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """Gradient of x for normal = (x - mean) rstd; total and along: row sums of grad and of grad * normal."""
+    return kept((grad - (total / WIDTH)[:, None] - normal * (along / WIDTH)[:, None]) * rstd[:, None], COUNT)
+
+
+@triton.jit
+def safe_factor(largest):
+    """A power of two that keeps the squares of rows with this largest magnitude within float32."""
+    return tl.where(largest > 2.0**50, 2.0**-70, tl.where(largest < 2.0**-50, 2.0**90, 1.0)).to(largest.dtype)
+
+
+@triton.jit
+def abs_backward(grad, x):
+    return tl.where(x > 0.0, grad, tl.where(x < 0.0, -grad, grad * x))
+
+
+@triton.jit
+def _mix(x):
+    """32-bit finaliser "lowbias32" by C. Wellons."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def dropped(x, seed, row, STREAM: tl.constexpr, P: tl.constexpr, THRESHOLD: tl.constexpr, FIRST: tl.constexpr):
+    """x / (1 - P) where the row and column are kept, else 0: the reference's `dropout_mask`."""
+    zero = (row * 0).to(tl.uint32)
+    low, high = tl.load(seed).to(tl.uint32) + zero, tl.load(seed + 1).to(tl.uint32) + zero
+    hashed = _mix(low + _mix(high + _mix(zero + STREAM)))
+    column = (FIRST + tl.arange(0, x.shape[1])).to(tl.uint32)
+    hashed = _mix(_mix(hashed + row.to(tl.uint32))[:, None] + column[None, :])
+    return tl.where(hashed >= THRESHOLD, x / (1 - P), 0.0)
+
+
+@triton.jit
+def segments_of(ptr, row, end, segments, steps):
+    """The segment of each row, int64; of rows from `end` on that of the row before it."""
+    return find_segment(ptr, tl.minimum(row, end - 1), segments, steps)
+
+
+@triton.jit
+def ranks_of(ptr, segment, row):
+    """The place of each row's segment among those of the tile."""
+    first = (tl.load(ptr + segment) == row) | (row == tl.min(row))
+    return tl.cumsum(first.to(tl.int32), 0) - 1
+
+
+@triton.jit
+def add_up(
+    value, ptr, segment, rank, row, inside, end, reduced, partial, tile,
+    WIDTH: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Sums per segment of the tile: to reduced [S, WIDTH] if the tile has all of its rows, else to partial.
+
+    partial [tiles, 2, WIDTH]: the part of the segment that began before the tile, and of the one that ends after it.
+    """
+    col = FIRST + tl.arange(0, value.shape[1])
+    mask = tl.arange(0, value.shape[1]) < COUNT
+    tile_begin = tl.min(row)
+    tile_end = tl.minimum(tile_begin + value.shape[0], end)
+    for k in range(0, tl.max(tl.where(inside, rank, -1)) + 1):
+        mine = inside & (rank == k)
+        at = tl.max(tl.where(mine, segment, -1))
+        total = tl.sum(tl.where(mine[:, None], value, 0.0), 0)
+        begins = tl.load(ptr + at) >= tile_begin
+        if begins & (tl.load(ptr + at + 1) <= tile_end):
+            tl.store(reduced + at * WIDTH + col, total.to(reduced.dtype.element_ty), mask=mask)
+        else:
+            tl.store(partial + (2 * tile + begins) * WIDTH + col, total, mask=mask)
+
+
+@triton.jit
+def note_parts(ptr, segment, row, end, holds, tile):
+    """holds [tiles, 2]: the segments whose parts `add_up` writes for the tile, -1 where there is none."""
+    tile_begin = tl.min(row)
+    tile_end = tl.minimum(tile_begin + row.shape[0], end)
+    first, last = tl.min(segment), tl.max(segment)
+    tl.store(holds + 2 * tile, tl.where(tl.load(ptr + first) < tile_begin, first, -1))
+    open_end = (tl.load(ptr + last) >= tile_begin) & (tl.load(ptr + last + 1) > tile_end)
+    tl.store(holds + 2 * tile + 1, tl.where(open_end, last, -1))
