@@ -265,10 +265,10 @@ class GraphBatch:
 
     @classmethod
     def from_pyg(cls, batch: Any) -> GraphBatch:
-        """Batch of the original implementation's PyG ``Batch`` or ``Data``. See `builders.from_pyg`."""
-        from . import builders
+        """Batch of the original implementation's PyG ``Batch`` or ``Data``. See `pyg.from_pyg`."""
+        from . import pyg
 
-        return builders.from_pyg(batch)
+        return pyg.from_pyg(batch)
 
     @classmethod
     def cat(cls, batches: Sequence[GraphBatch]) -> GraphBatch:

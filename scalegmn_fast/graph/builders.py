@@ -1,4 +1,4 @@
-"""`GraphBatch` from state dicts, from live modules and from the original implementation's PyG batches.
+"""`GraphBatch` from state dicts and from live modules.
 
 Neurons, and channels of convolutions, are nodes. An edge feature holds everything that joins two of them, in ``d_e``
 numbers:
@@ -526,71 +526,3 @@ def _symmetry_of(networks: list[_Network], hidden: list[list[frozenset[str]]]) -
         mask = torch.from_numpy(np.repeat(per_layer, _layout(network)))
         masks.append(mask.to(network.weights[0].device))
     return "hetero" if len(values) == 2 else "sign" if True in values else "scale", masks
-
-
-# -- PyG batches -----------------------------------------------------------------------------------------------------
-
-
-def from_pyg(batch: Any) -> GraphBatch:
-    """Batch of the original implementation's PyG ``Batch`` or single ``Data``, or any object with their attributes.
-
-    Read are ``x`` [N, d_v], ``edge_index`` [2, E], ``edge_attr`` [E, d_e], and where present ``batch`` [N] or ``ptr``
-    [B + 1] (graph of each node) and ``sign_mask`` (bool per graph). Where present, ``mask_hidden``,
-    ``mask_first_layer`` (bool [N] or [N, 1]) and ``bw_edge_index`` must agree with the graph's structure. The rest is
-    not read: types of nodes and edges and reciprocal features of backward edges are the model's.
-
-    Returns:
-        A `GraphBatch`; graphs keep their numbers, rows are brought into plan order. Deterministic; differentiable in
-        ``x`` and ``edge_attr``.
-
-    Raises:
-        TypeError, ValueError: an attribute that is missing, of a wrong type or shape, or at odds with the structure;
-            what `GraphPlan.from_edges` rejects, such as a cycle.
-    """
-    found = {name: getattr(batch, name, None) for name in ("x", "edge_index", "edge_attr")}
-    for name, value in found.items():
-        if not isinstance(value, Tensor) or value.ndim != 2:
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"batch.{name} must be a tensor of 2 dimensions, got {got}")
-    x, edge_index = found["x"], found["edge_index"]
-    graph = _pyg_graphs(batch, x.shape[0])
-    backward = getattr(batch, "bw_edge_index", None)
-    if backward is not None and not torch.equal(backward, edge_index.flip(0)):
-        raise ValueError("batch.bw_edge_index must be edge_index with its rows swapped, got other edges")
-    mask = getattr(batch, "sign_mask", None)
-    if mask is not None:
-        mask = torch.as_tensor(mask, device=x.device).reshape(-1)
-    result = GraphBatch.from_edges(x, edge_index, found["edge_attr"], graph=graph, sign_mask=mask)
-    has_in, has_out = (torch.bincount(ends, minlength=x.shape[0]) > 0 for ends in (edge_index[1], edge_index[0]))
-    for name, marked, meaning in (
-        ("mask_hidden", has_in & has_out, "both incoming and outgoing edges"),
-        ("mask_first_layer", ~has_in, "no incoming edges"),
-    ):
-        value = getattr(batch, name, None)
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape not in ((len(x),), (len(x), 1)):
-            raise ValueError(f"batch.{name} must be bool [{len(x)}] or [{len(x)}, 1], got {_described(value)}")
-        wrong = (value.reshape(-1) != marked).nonzero()
-        if wrong.numel():
-            node = int(wrong[0])
-            got = bool(value.reshape(-1)[node])
-            raise ValueError(f"batch.{name} must mark the nodes with {meaning}, got {got} for node {node}")
-    return result
-
-
-def _pyg_graphs(batch: Any, num_nodes: int) -> Tensor | None:
-    graph, ptr = getattr(batch, "batch", None), getattr(batch, "ptr", None)
-    if ptr is None:
-        return graph
-    counts = ptr.diff()
-    if int(ptr[0]) != 0 or int(ptr[-1]) != num_nodes or int(counts.min()) < 1:
-        raise ValueError(f"batch.ptr must rise from 0 to the number of nodes, {num_nodes}, got {ptr.tolist()}")
-    expected = torch.repeat_interleave(torch.arange(counts.numel(), device=ptr.device), counts)
-    if graph is not None and not torch.equal(graph, expected):
-        raise ValueError("batch.batch must number the nodes as batch.ptr does, got other graphs")
-    return expected
-
-
-def _described(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

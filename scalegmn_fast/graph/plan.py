@@ -182,6 +182,25 @@ class GraphPlan:
         types = torch.where(into_last, output, inner)
         return torch.where(from_first, position[source], types)
 
+    def with_edge_types(self, num_first: int, num_hidden_layers: int, types: Tensor) -> GraphPlan:
+        """The same plan with other types of the edges into output neurons.
+
+        Args:
+            num_first, num_hidden_layers: as for `edge_types`.
+            types: int64 [E], the types that `edge_types` is to give.
+
+        Raises:
+            ValueError: a wrong shape; other types than this plan's on edges that do not end in output neurons.
+        """
+        own = self.edge_types(num_first, num_hidden_layers)
+        if types.shape != own.shape:
+            raise ValueError(f"types must have shape {list(own.shape)}, got {list(types.shape)}")
+        into_last = self.edges_into_class(LAST)
+        if not torch.equal(types[into_last:], own[into_last:]):
+            raise ValueError("types must be this plan's own except on edges into output neurons, got others")
+        cache = {("edge_types", num_first, num_hidden_layers): types}
+        return GraphPlan(**self._fields(), _cache=cache)
+
     def layer_widths(self) -> tuple[tuple[int, ...], ...]:
         """Nodes of each layer of each graph; 0 for layers that a graph does not have."""
         return self._cached("layer_widths", self._layer_widths)
