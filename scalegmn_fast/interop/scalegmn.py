@@ -161,8 +161,16 @@ def _mlp_args(module: nn.Module) -> dict:
         "bias": module.fc[0].bias is not None,
         "skip": bool(module.skip),
         "dropout": float(module.dropout.p),
-        "w0": float(getattr(module.activation, "w0", getattr(module.final_activation, "w0", 30.0))),
+        "w0": _frequency(module),
     }
+
+
+def _frequency(module: nn.Module) -> float:
+    """The frequency of an mlp's sines; that of configurations if it has none."""
+    found = {float(act.w0) for act in (module.activation, module.final_activation) if hasattr(act, "w0")} or {30.0}
+    if len(found) > 1:
+        raise Unsupported("an mlp has sines of two frequencies, which ours has not")
+    return found.pop()
 
 
 def _activation(module: Any) -> str:
@@ -243,15 +251,10 @@ def never_reached(model: models.ScaleGMN) -> Callable[[str], bool]:
     return lambda path: any(path == name or path.startswith(f"{name}.") for name in unused)
 
 
-def _same_symmetry(name: str) -> Option:
-    return Option(name, lambda ours: ours.symmetry, lambda theirs: theirs.symmetry)
-
-
 def _attribute(name: str, convert=lambda value: value) -> Option:
     return Option(name, lambda ours: convert(getattr(ours, name)), lambda theirs: convert(getattr(theirs, name)))
 
 
-_LINEAR, _NORM = (), (_attribute("eps"),)
 SAME = Correspondence(
     classes={
         "ScaleGMN": FORWARDS,
@@ -277,6 +280,7 @@ SAME = Correspondence(
                 "final_activation", lambda ours: ours.final_activation, lambda theirs: _activation(theirs.final_activation)
             ),
             _attribute("skip", bool),
+            Option("w0", lambda ours: ours.w0, lambda theirs: _frequency(theirs)),
             Option("layer_norm", lambda ours: ours.ln is not None, lambda theirs: bool(theirs.layer_norm)),
             Option("batch_norm", lambda ours: ours.bn is not None, lambda theirs: bool(theirs.batch_norm)),
         ),
@@ -286,10 +290,10 @@ SAME = Correspondence(
         "LayerNorm": (_attribute("eps"),),
         "BatchNorm1d": (_attribute("eps"), _attribute("momentum"), _attribute("track_running_stats")),
     },
-    dropout={
-        "Mlp": lambda theirs: theirs.dropout.p,
-        "ForwardGnn": lambda theirs: theirs.dropout,
-        "BidirectionalGnn": lambda theirs: theirs.dropout,
+    live={
+        "Mlp": ("dropout", lambda theirs: theirs.dropout.p),
+        "ForwardGnn": ("dropout", lambda theirs: theirs.dropout),
+        "BidirectionalGnn": ("dropout", lambda theirs: theirs.dropout),
     },
 )  # fmt: skip
 

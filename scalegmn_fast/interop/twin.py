@@ -30,13 +30,13 @@ class Correspondence(NamedTuple):
         classes: name of each of our classes -> names that the class at the same path may have.
         passive: names of classes that have no parameters and no counterpart, because ours computes them in place.
         options: per name of our class, what must be equal on both sides.
-        dropout: per name of our class, how the other side says the ``dropout`` of ours; it is read at every call.
+        live: per name of our class, an attribute of ours and how the other side says it; it is read at every call.
     """
 
     classes: Mapping[str, Collection[str]]
     passive: Collection[str]
     options: Mapping[str, Collection[Option]]
-    dropout: Mapping[str, Callable[[nn.Module], float]]
+    live: Mapping[str, tuple[str, Callable[[nn.Module], float]]]
 
 
 def class_name(module: nn.Module) -> str:
@@ -55,7 +55,7 @@ class _Pair(NamedTuple):
     theirs: nn.Module
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
-    dropout: Callable[[nn.Module], float] | None
+    live: tuple[str, Callable[[nn.Module], float]] | None
 
 
 class _Link(NamedTuple):
@@ -98,7 +98,7 @@ class Twin:
     def problem(self) -> str | None:
         """Why the original has to run itself for now: a hook or another forward on one of its inner modules."""
         for path, _, _, child in self._links:
-            if "forward" in child.__dict__:
+            if "forward" in child.__dict__ and not isinstance(child, torch.jit.ScriptModule):
                 return f"{path} has a forward of its own instance"
             for hooks in _HOOKS:
                 if getattr(child, hooks):
@@ -107,18 +107,19 @@ class Twin:
 
     def is_current(self) -> bool:
         """Whether the original still consists of the modules that it had."""
-        return all(parent._modules.get(name) is child for _, parent, name, child in self._links)
+        return all(name in parent._modules and parent._modules[name] is child for _, parent, name, child in self._links)
 
     def follow(self) -> nn.Module:
         """Our model, with the original's present tensors and modes."""
-        for _, ours, theirs, parameters, buffers, dropout in self._pairs:
+        for _, ours, theirs, parameters, buffers, live in self._pairs:
             ours.training = theirs.training
             for name in parameters:
                 ours._parameters[name] = getattr(theirs, name)
             for name in buffers:
                 ours._buffers[name] = getattr(theirs, name)
-            if dropout is not None:
-                ours.dropout = float(dropout(theirs))
+            if live is not None:
+                name, read = live
+                setattr(ours, name, float(read(theirs)))
         return self.ours
 
     def tensors(self, skip: Callable[[str], bool]) -> list[Tensor]:
@@ -154,7 +155,7 @@ def _pair(path: str, ours: nn.Module, theirs: nn.Module | None, same: Correspond
     for name, _ in _own_tensors(theirs):
         if name not in parameters and name not in buffers:
             raise Unsupported(f"{path}.{name} is unknown".lstrip("."))
-    return _Pair(path, ours, theirs, parameters, buffers, same.dropout.get(kind))
+    return _Pair(path, ours, theirs, parameters, buffers, same.live.get(kind))
 
 
 def _check_extra(path: str, module: nn.Module, same: Correspondence) -> None:
