@@ -131,7 +131,11 @@ def _structure(batch: Any, num_nodes: int, edge_index: Tensor, type_sizes: tuple
         value = getattr(batch, name, None)
         if value is None:
             continue
-        if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape not in ((num_nodes,), (num_nodes, 1)):
+        if (
+            not isinstance(value, Tensor)
+            or value.dtype != torch.bool
+            or value.shape not in ((num_nodes,), (num_nodes, 1))
+        ):
             raise ValueError(f"batch.{name} must be bool [{num_nodes}] or [{num_nodes}, 1], got {_described(value)}")
         wrong = (value.reshape(-1) != marked).nonzero()
         if wrong.numel():

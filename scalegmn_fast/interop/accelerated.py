@@ -11,6 +11,7 @@ import copy
 import copyreg
 import functools
 import logging
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import neural_graphs, scalegmn
-from .twin import Twin, Unsupported, class_name, reached
+from .twin import Twin, UnsupportedError, class_name, reached
 
 FAMILIES = (scalegmn, neural_graphs)
 _STATE = "_scalegmn_fast"
@@ -172,7 +173,6 @@ class _State:
         self.problem: str | None = None
         self.refused: list[str] = []
         self._twin: Twin | None = None
-        self._parameters: Callable[[], list[Tensor]] = list
 
     def __reduce__(self):
         return _State, (self.check, self.checked)
@@ -185,11 +185,9 @@ class _State:
                 with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                     ours = family.build(module)
                 self._twin = Twin(module, ours, family.SAME)
-            except Unsupported as error:
+            except UnsupportedError as error:
                 self.problem = str(error)
                 return None
-            skip = family.never_reached(ours)
-            self._parameters = functools.partial(self._twin.tensors, skip)
         self.problem = self._twin.problem()
         return self._twin if self.problem is None else None
 
@@ -199,19 +197,16 @@ class _State:
             return original(*args, **kwargs)
         try:
             graph = family.graph_from_call(twin.ours, *args, **kwargs)
-        except Unsupported as error:
+        except UnsupportedError as error:
             if str(error) not in self.refused:
                 self.refused.append(str(error))
                 _log.warning("%s runs unchanged on this batch: %s", type(module).__name__, error)
             return original(*args, **kwargs)
         if self.check:
-            self._compare(module, twin, graph, original, args, kwargs)
-        return self._run(twin, graph)
+            self._compare(module, functools.partial(_run, twin, family, graph), original, args, kwargs)
+        return _run(twin, family, graph)
 
-    def _run(self, twin: Twin, graph):
-        return reached(twin.follow()(graph), self._parameters())
-
-    def _compare(self, module: nn.Module, twin: Twin, graph, original: Callable, args: tuple, kwargs: dict) -> None:
+    def _compare(self, module: nn.Module, ours: Callable, original: Callable, args: tuple, kwargs: dict) -> None:
         self.check = False
         modes = [(child, child.training) for child in module.modules()]
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -221,8 +216,8 @@ class _State:
                 child.training = False
             with torch.random.fork_rng(devices=devices):
                 expected = _results(lambda: original(*_copied(args), **_copied(kwargs)), parameters)
-                actual = _results(lambda: self._run(twin, graph), parameters)
-                bound = _bound(actual.outputs, expected.outputs, graph.device.type)
+                actual = _results(ours, parameters)
+                bound = _bound(actual.outputs, expected.outputs)
                 outputs, gradients = (_difference(a, b) for a, b in zip(actual, expected, strict=True))
                 agrees = max(outputs, gradients) <= bound
                 if not agrees and outputs < float("inf"):
@@ -238,6 +233,13 @@ class _State:
             raise AccelerationError(f"{type(module).__name__}: {self.checked}; its own forward is back in place")
         self.checked += "" if max(outputs, gradients) <= bound else ", as far as rounding moves the original, too"
         _log.info("%s checked against its original: %s", type(module).__name__, self.checked)
+
+
+def _run(twin: Twin, family, graph):
+    """Our model's result; its backward pass reaches the parameters that the original's reaches."""
+    outputs = twin.follow()(graph)
+    unreached = family.unreached(twin.ours, graph)
+    return outputs if unreached is None else reached(outputs, twin.wanting(unreached))
 
 
 class _Results(NamedTuple):
@@ -275,12 +277,15 @@ def _copied(values, convert: Callable[[Tensor], Tensor] = lambda t: t):
     for name in ("x", "edge_attr"):
         if isinstance(getattr(values, name, None), Tensor):
             setattr(values, name, convert(getattr(values, name)))
+    if hasattr(values, "layer_layout"):
+        values.layer_layout = copy.deepcopy(values.layer_layout)
     return values
 
 
-def _bound(actual: list[Tensor], expected: list[Tensor], device: str) -> float:
+def _bound(actual: list[Tensor], expected: list[Tensor]) -> float:
     """The square root of the coarsest resolution in use."""
     dtypes = {t.dtype for t in (*actual, *expected)}
+    device = actual[0].device.type
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
     return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
@@ -307,7 +312,9 @@ def _scales(tensors: list[Tensor]) -> list[float]:
 
 def _is_rounding(module: nn.Module, args: tuple, kwargs: dict, actual: _Results, expected: _Results) -> bool:
     """Whether ours is as near to the original's result in float64 as the original itself is."""
-    exact = restore(copy.deepcopy(module)).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exact = restore(copy.deepcopy(module)).double()
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import models
 from ..graph import Architecture, GraphBatch
 from ..graph.pyg import from_pyg
 from ..models.neural_graphs_base import EDGE_POOLS
 from ..reference.activations import activation_name
-from .twin import Correspondence, Option, Unsupported, class_name
+from .twin import Correspondence, Option, UnsupportedError, class_name
 
 #: Classes of models, by name; those of varying architectures take PyG batches, the others (weights, biases).
 FIXED = ("GNNForClassification", "GNNParams", "RelationalTransformer", "RelationalTransformerParams")
@@ -24,7 +24,7 @@ def graph_of(model: nn.Module, inputs: Any) -> GraphBatch:
     """The `GraphBatch` of a call's argument: itself, that of a packed batch, or made from what the original takes.
 
     Raises:
-        Unsupported: a batch on which the original computes something else.
+        UnsupportedError: a batch on which the original computes something else.
     """
     if isinstance(inputs, GraphBatch):
         return inputs
@@ -39,7 +39,7 @@ def graph_of(model: nn.Module, inputs: Any) -> GraphBatch:
             graph.node_features, graph.edge_features, graph.plan, architectures=_architectures(model, inputs)
         )
     except (TypeError, ValueError) as error:
-        raise Unsupported(str(error)) from error
+        raise UnsupportedError(str(error)) from error
 
 
 def _architectures(model: nn.Module, batch: Any) -> list[Architecture]:
@@ -61,14 +61,29 @@ def _architectures(model: nn.Module, batch: Any) -> list[Architecture]:
     return found
 
 
+def _served(model: nn.Module, inputs: Any) -> GraphBatch:
+    try:
+        return graph_of(model, inputs)
+    except UnsupportedError as error:
+        raise ValueError(str(error)) from error.__cause__
+
+
 class _TakesWeights:
     """The original's call: ``model((weights, biases))``, or a `GraphBatch`."""
 
     def forward(self, inputs):
-        try:
-            return super().forward(graph_of(self, inputs))
-        except Unsupported as error:
-            raise ValueError(str(error)) from error.__cause__
+        return super().forward(_served(self, inputs))
+
+
+class _TakesPyg:
+    """The original's call: ``model(batch)`` with its PyG batch of networks, or a `GraphBatch`."""
+
+    def __init__(self, *args, graph_constructor: dict, **kwargs):
+        super().__init__(*args, graph_constructor=graph_constructor, **kwargs)
+        self.flattening_method = graph_constructor.get("flattening_method", "repeat_nodes")
+
+    def forward(self, batch):
+        return super().forward(_served(self, batch))
 
 
 class GNNForClassification(_TakesWeights, models.GNNForClassification):
@@ -87,6 +102,14 @@ class RelationalTransformerParams(_TakesWeights, models.RelationalTransformerPar
     """The original's class of this name; see `models.RelationalTransformerParams`."""
 
 
+class GNNForGeneralization(_TakesPyg, models.GNNForGeneralization):
+    """The original's class of this name, by keyword arguments; see `models.GNNForGeneralization`."""
+
+
+class DynamicRelationalTransformer(_TakesPyg, models.DynamicRelationalTransformer):
+    """The original's class of this name, by keyword arguments; see `models.DynamicRelationalTransformer`."""
+
+
 # -- live models -----------------------------------------------------------------------------------------------------
 
 
@@ -101,15 +124,15 @@ def build(module: nn.Module) -> nn.Module:
     """Our model with a live one's configuration, giving the original's numbers.
 
     Raises:
-        Unsupported: a module or an option that we do not know, or cannot reproduce.
+        UnsupportedError: a module or an option that we do not know, or cannot reproduce.
     """
     owner = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__).__name__
     if owner not in (*FIXED, *VARYING):
-        raise Unsupported(f"its forward is that of {owner}, not of {' or '.join((*FIXED, *VARYING))}")
+        raise UnsupportedError(f"its forward is that of {owner}, not of {' or '.join((*FIXED, *VARYING))}")
     try:
         ours = getattr(models, owner)(**_arguments(owner, module))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise Unsupported(str(error)) from error
+        raise UnsupportedError(str(error)) from error
     ours.flattening_method = getattr(module.construct_graph, "flattening_method", None)
     return ours
 
@@ -247,44 +270,48 @@ def _activation(module: nn.Module) -> str:
     defaults = {"negative_slope": 0.01, "alpha": 1.0, "approximate": "none", "beta": 1, "threshold": 20}
     for key, value in defaults.items():
         if getattr(module, key, value) != value:
-            raise Unsupported(f"an activation is {module!r}, with other than its default arguments")
+            raise UnsupportedError(f"an activation is {module!r}, with other than its default arguments")
     try:
         return activation_name(name)
     except ValueError:
-        raise Unsupported(f"an activation is {module!r}, which is unknown") from None
+        raise UnsupportedError(f"an activation is {module!r}, which is unknown") from None
 
 
-def graph_from_call(model: nn.Module, inputs: Any) -> GraphBatch:
+def graph_from_call(model: nn.Module, *args, **kwargs) -> GraphBatch:
     """`graph_of` the original's call.
 
     Raises:
-        Unsupported: what `graph_of` does not serve, and batches where the original's result depends on padding.
+        UnsupportedError: what `graph_of` does not serve, and batches where the original's result depends on padding.
     """
+    (inputs,) = (*args, *kwargs.values())
     graph = graph_of(model, inputs)
     if type(model).__name__ in FIXED:
-        if any(part.layout is None or len(part.layout) != model.max_hidden_layers + 2 for part in graph.plan.parts):
-            raise Unsupported(f"the batch's layouts must have {model.max_hidden_layers + 2} layers, got {graph.layouts}")
+        layers = model.max_hidden_layers + 2
+        if any(part.layout is None or len(part.layout) != layers for part in graph.plan.parts):
+            raise UnsupportedError(f"the batch's layouts must have {layers} layers, got {set(graph.layouts)}")
         return graph
     sizes = set(map(sum, graph.plan.layer_widths()))
     pads = type(model).__name__ == "DynamicRelationalTransformer" or model.pooling_layer_idx == "all"
     if pads and len(sizes) > 1:
-        raise Unsupported("networks of different sizes: the original's result depends on its padding, ours does not")
+        raise UnsupportedError(
+            "networks of different sizes: the original's result depends on its padding, ours does not"
+        )
     return graph
 
 
-def never_reached(model: nn.Module) -> Callable[[str], bool]:
-    """Whether the original's backward pass leaves the parameters of the module at a path without gradients."""
+def unreached(model: nn.Module, graph: GraphBatch) -> tuple[str, ...] | None:
+    """Paths of modules whose parameters the original's backward pass leaves without gradients; None: not known."""
     if getattr(model, "pooling_method", None) in EDGE_POOLS:
-        return lambda path: True
-    unused = []
+        return None
+    paths = ["construct_graph.proj_mlp_edge_in"]
+    if not any(entry is not None and entry.activations for entry in graph.architectures or ()):
+        paths.append("construct_graph.act_emb")
     if hasattr(model, "gnn"):
         if model.gnn.edge_update is not None and len(model.gnn.edge_update) == model.gnn.num_layers:
-            unused.append(f"gnn.edge_update.{model.gnn.num_layers - 1}")
+            paths.append(f"gnn.edge_update.{model.gnn.num_layers - 1}")
     elif not hasattr(model, "weight_scale"):
-        unused.append(f"layers.{len(model.layers) - 1}.edge_updates")
-    if hasattr(model.construct_graph, "proj_mlp_edge_in"):
-        unused.append("construct_graph.proj_mlp_edge_in")
-    return lambda path: any(path == name or path.startswith(f"{name}.") for name in unused)
+        paths.append(f"layers.{len(model.layers) - 1}.edge_updates")
+    return tuple(paths)
 
 
 def notes(model: nn.Module) -> list[str]:
@@ -336,8 +363,9 @@ SAME = Correspondence(
     },
     passive=(
         *_PASSIVE_ACTIVATIONS, "Dropout", "Rearrange", "NoEdgeLayer", "TrimToLayer", "JumpingKnowledge",
-        "MultiAggregation", "FusedAggregation", "SumAggregation", "MeanAggregation", "MinAggregation", "MaxAggregation", "StdAggregation",
-        "VarAggregation", "ModuleList", "HomogeneousAggregator", "HeterogeneousAggregator", "CatAggregation", "Flatten",
+        "MultiAggregation", "FusedAggregation", "SumAggregation", "MeanAggregation", "MinAggregation",
+        "MaxAggregation", "StdAggregation", "VarAggregation", "ModuleList", "HomogeneousAggregator",
+        "HeterogeneousAggregator", "CatAggregation", "Flatten",
     ),
     options={
         "LayerNorm": (_attribute("eps"),),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from .. import models
 from ..graph import GraphBatch
 from ..graph.pyg import from_pyg
-from .twin import Correspondence, Option, Unsupported, class_name
+from .twin import Correspondence, Option, UnsupportedError, class_name
 
 #: Classes whose ``forward`` we know, by name.
 FORWARDS = ("ScaleGMN", "ScaleGMN_equiv")
@@ -26,8 +25,8 @@ def graph_of(model: models.ScaleGMN, batch: Any) -> GraphBatch:
     """The `GraphBatch` of a call's first argument: itself, that of a packed batch, or made from a PyG batch.
 
     Raises:
-        Unsupported: a batch on which the original computes something else: other layouts than the model's, types of
-            nodes or edges or masks that do not follow the structure.
+        UnsupportedError: a batch on which the original computes something else: other layouts than the model's, masks
+            or types of nodes or edges that do not follow the structure.
     """
     if isinstance(batch, GraphBatch):
         return batch
@@ -37,10 +36,10 @@ def graph_of(model: models.ScaleGMN, batch: Any) -> GraphBatch:
     try:
         graph = from_pyg(batch, type_sizes=tuple(model.options.types))
     except (TypeError, ValueError) as error:
-        raise Unsupported(str(error)) from error
+        raise UnsupportedError(str(error)) from error
     layout = tuple(model.options.layout)
     if any(part.layout != layout for part in graph.plan.parts):
-        raise Unsupported(f"the batch's layouts must be the model's {list(layout)}, got {set(graph.layouts)}")
+        raise UnsupportedError(f"the batch's layouts must be the model's {list(layout)}, got {set(graph.layouts)}")
     return graph
 
 
@@ -70,7 +69,7 @@ class ScaleGMN(models.ScaleGMN):
     def forward(self, batch, w=None, b=None):
         try:
             return super().forward(graph_of(self, batch))
-        except Unsupported as error:
+        except UnsupportedError as error:
             raise ValueError(str(error)) from error.__cause__
 
 
@@ -95,7 +94,7 @@ def configuration(module: nn.Module) -> dict:
     """The ``scalegmn_args`` of a live model, read off its attributes and shapes.
 
     Raises:
-        AttributeError, IndexError, Unsupported: an attribute is missing or has an unknown value.
+        AttributeError, IndexError, UnsupportedError: an attribute is missing or has an unknown value.
     """
     gnn, init = module.gnn, module.construct_graph
     layer, symmetry = gnn.fw_layers[0], gnn.symmetry
@@ -103,7 +102,7 @@ def configuration(module: nn.Module) -> dict:
     update = gnn.update_node_feats_fn[0] if bidirectional else layer.update_node_feats_fn
     perceptron = next((child for child in gnn.modules() if class_name(child) == "mlp"), None)
     if perceptron is None:
-        raise Unsupported("gnn holds no mlp")
+        raise UnsupportedError("gnn holds no mlp")
     args = {
         "num_layers": len(gnn.fw_layers),
         "direction": module.direction,
@@ -169,14 +168,14 @@ def _frequency(module: nn.Module) -> float:
     """The frequency of an mlp's sines; that of configurations if it has none."""
     found = {float(act.w0) for act in (module.activation, module.final_activation) if hasattr(act, "w0")} or {30.0}
     if len(found) > 1:
-        raise Unsupported("an mlp has sines of two frequencies, which ours has not")
+        raise UnsupportedError("an mlp has sines of two frequencies, which ours has not")
     return found.pop()
 
 
 def _activation(module: Any) -> str:
     name = type(module).__name__
     if name not in _ACTIVATIONS or getattr(module, "alpha", 1.0) != 1.0:
-        raise Unsupported(f"an mlp's activation is {module!r}, which is unknown")
+        raise UnsupportedError(f"an mlp's activation is {module!r}, which is unknown")
     return _ACTIVATIONS[name]
 
 
@@ -206,7 +205,7 @@ def _position_args(module: nn.Module, other: dict | None) -> dict:
             "layer_equiv_on_hidden": bool(net.layer_equiv_on_hidden),
         }
     if other is not None and other != args:
-        raise Unsupported("positional_embeddings and positional_embeddings_edge have different options")
+        raise UnsupportedError("positional_embeddings and positional_embeddings_edge have different options")
     return args
 
 
@@ -223,17 +222,17 @@ def build(module: nn.Module) -> models.ScaleGMN:
     """Our model with a live one's configuration, giving the original's numbers.
 
     Raises:
-        Unsupported: a module or an option that we do not know, or cannot reproduce.
+        UnsupportedError: a module or an option that we do not know, or cannot reproduce.
     """
     owner = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__).__name__
     if owner not in FORWARDS:
-        raise Unsupported(f"its forward is that of {owner}, not of {' or '.join(FORWARDS)}")
+        raise UnsupportedError(f"its forward is that of {owner}, not of {' or '.join(FORWARDS)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return models.ScaleGMN(configuration(module))
     except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise Unsupported(str(error)) from error
+        raise UnsupportedError(str(error)) from error
 
 
 def graph_from_call(model: models.ScaleGMN, batch: Any, w: Any = None, b: Any = None) -> GraphBatch:
@@ -241,14 +240,11 @@ def graph_from_call(model: models.ScaleGMN, batch: Any, w: Any = None, b: Any = 
     return graph_of(model, batch)
 
 
-def never_reached(model: models.ScaleGMN) -> Callable[[str], bool]:
-    """Whether the original's backward pass leaves the parameters of the module at a path without gradients."""
-    unused = []
-    if not model.options.equivariant and model.config["readout_range"] == "full_graph":
-        unused.append("gnn.readout.phi")
-    elif model.options.equivariant and hasattr(model.gnn, "bw_update_edge_attr_fn"):
-        unused.append(f"gnn.bw_update_edge_attr_fn.{model.options.num_layers - 1}")
-    return lambda path: any(path == name or path.startswith(f"{name}.") for name in unused)
+def unreached(model: models.ScaleGMN, graph: GraphBatch) -> tuple[str, ...]:
+    """Paths of modules whose parameters the original's backward pass leaves without gradients."""
+    if not model.options.equivariant:
+        return ("gnn.readout.phi",) if model.config["readout_range"] == "full_graph" else ()
+    return (f"gnn.bw_update_edge_attr_fn.{model.options.num_layers - 1}",)
 
 
 def _attribute(name: str, convert=lambda value: value) -> Option:
@@ -276,9 +272,7 @@ SAME = Correspondence(
     options={
         "Mlp": (
             Option("activation", lambda ours: ours.activation, lambda theirs: _activation(theirs.activation)),
-            Option(
-                "final_activation", lambda ours: ours.final_activation, lambda theirs: _activation(theirs.final_activation)
-            ),
+            Option("final_activation", lambda ours: ours.final_activation, lambda m: _activation(m.final_activation)),
             _attribute("skip", bool),
             Option("w0", lambda ours: ours.w0, lambda theirs: _frequency(theirs)),
             Option("layer_norm", lambda ours: ours.ln is not None, lambda theirs: bool(theirs.layer_norm)),

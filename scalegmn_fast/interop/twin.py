@@ -11,7 +11,7 @@ from torch import Tensor, nn
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """Why a live module, or a batch, cannot run on our ops."""
 
 
@@ -70,8 +70,8 @@ class _Link(NamedTuple):
 class Twin:
     """A model of ours that computes what a live original does, from the original's own parameters.
 
-    `follow` hands the tensors that the original holds at this moment (whatever moved, loaded or replaced them, and those
-    that parametrisations compute) and its training modes to ours; nothing is copied.
+    `follow` hands the tensors that the original holds at this moment to ours (whatever moved, loaded or replaced them,
+    and those that parametrisations compute), and its training modes; nothing is copied.
 
     Args:
         original: the live model.
@@ -79,7 +79,7 @@ class Twin:
         same: how the two trees of modules correspond.
 
     Raises:
-        Unsupported: a module that is missing, unknown, of another class or shape, or has another option.
+        UnsupportedError: a module that is missing, unknown, of another class or shape, or has another option.
     """
 
     def __init__(self, original: nn.Module, ours: nn.Module, same: Correspondence):
@@ -122,14 +122,15 @@ class Twin:
                 setattr(ours, name, float(read(theirs)))
         return self.ours
 
-    def tensors(self, skip: Callable[[str], bool]) -> list[Tensor]:
-        """The present parameters that want gradients, but for those of the modules that ``skip`` names."""
+    def wanting(self, except_for: tuple[str, ...]) -> list[Tensor]:
+        """The present parameters that want gradients, but for those of the modules at these paths."""
+        prefixes = tuple(f"{path}." for path in except_for)
         found = {}
         for pair in self._pairs:
-            if not skip(pair.path):
+            if not f"{pair.path}.".startswith(prefixes):
                 for name in pair.parameters:
                     value = pair.ours._parameters[name]
-                    if value is not None and value.requires_grad:
+                    if value.requires_grad:
                         found[id(value)] = value
         return list(found.values())
 
@@ -137,30 +138,30 @@ class Twin:
 def _pair(path: str, ours: nn.Module, theirs: nn.Module | None, same: Correspondence) -> _Pair:
     kind = type(ours).__name__
     if theirs is None:
-        raise Unsupported(f"{path or 'the model'} is missing")
+        raise UnsupportedError(f"{path or 'the model'} is missing")
     names, found = same.classes.get(kind, (kind,)), class_name(theirs)
     if found not in names:
-        raise Unsupported(f"{path or 'the model'} is a {found}, expected {' or '.join(names)}")
+        raise UnsupportedError(f"{path or 'the model'} is a {found}, expected {' or '.join(names)}")
     for option in same.options.get(kind, ()):
         mine, other = option.ours(ours), option.theirs(theirs)
         if mine != other:
-            raise Unsupported(f"{path}.{option.name} is {other!r}, and {mine!r} elsewhere in the model")
+            raise UnsupportedError(f"{path}.{option.name} is {other!r}, and {mine!r} elsewhere in the model")
     parameters = tuple(name for name, value in ours._parameters.items() if value is not None)
     buffers = tuple(name for name, value in ours._buffers.items() if value is not None)
     for name in (*parameters, *buffers):
         mine, other = getattr(ours, name), getattr(theirs, name, None)
         if not isinstance(other, Tensor) or other.shape != mine.shape:
             shape = list(other.shape) if isinstance(other, Tensor) else type(other).__name__
-            raise Unsupported(f"{path}.{name} must have shape {list(mine.shape)}, got {shape}".lstrip("."))
+            raise UnsupportedError(f"{path}.{name} must have shape {list(mine.shape)}, got {shape}".lstrip("."))
     for name, _ in _own_tensors(theirs):
         if name not in parameters and name not in buffers:
-            raise Unsupported(f"{path}.{name} is unknown".lstrip("."))
+            raise UnsupportedError(f"{path}.{name} is unknown".lstrip("."))
     return _Pair(path, ours, theirs, parameters, buffers, same.live.get(kind))
 
 
 def _check_extra(path: str, module: nn.Module, same: Correspondence) -> None:
     if class_name(module) not in same.passive or any(True for _ in _own_tensors(module)):
-        raise Unsupported(f"{path} is a {class_name(module)}, which is unknown there")
+        raise UnsupportedError(f"{path} is a {class_name(module)}, which is unknown there")
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
