@@ -38,8 +38,10 @@ struct RowMapArgs {
   Scalar b_dtype;
   int64_t b_stride;
   RowIndex b_index;  // [rows]: which row of b; null: row by row
-  uint32_t stream, threshold;  // dropout
-  int64_t first;               // dropout: the number of the first row
+  const int64_t* seed;  // dropout: [2], where the rows are; null: another map
+  double stream;        // dropout
+  uint32_t threshold;   // dropout
+  int64_t first;        // dropout: the number of the first row
   void* to;  // Wide [rows, width]
   int64_t to_stride;
 };
@@ -116,7 +118,11 @@ struct MapRow {
     const bool by_row = args.map == RowMap::scale, reads_a = args.map != RowMap::second;
     const bool reads_b = args.b != nullptr && !by_row;
     const A factor = by_row && args.b != nullptr ? A(args.factor) * A(load(b[0])) : A(args.factor);
-    const uint32_t base = mix(args.stream + uint32_t(args.first + row));
+    uint32_t base = 0;
+    if (args.seed != nullptr) {
+      const uint32_t stream = dropout_stream(uint32_t(args.seed[0]), uint32_t(args.seed[1]), args.stream);
+      base = mix(stream + uint32_t(args.first + row));
+    }
     lanes.over(args.width, [&](const auto& columns) {
       A x[row_columns] = {}, y[row_columns] = {}, sum[row_columns] = {};
       if (reads_a) columns.load_from(a, x);

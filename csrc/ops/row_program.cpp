@@ -61,8 +61,10 @@ class Program : RowProgramPlan {
     args_.width = width_;
     args_.heads = heads_;
     args_.rows_dtype = scalar_of(at::empty({0}, result_), "tensors");
-    args_.seed0 = seed0_;
-    args_.seed1 = seed1_;
+    if (seed) {
+      args_.seed0 = uint32_t(seed_.const_data_ptr<int64_t>()[0]);
+      args_.seed1 = uint32_t(seed_.const_data_ptr<int64_t>()[1]);
+    }
   }
 
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward() {

@@ -330,7 +330,8 @@ class Composed : RowProgramPlan {
 
   void set_dropout(RowMapArgs& args, const RowStep& step) const {
     args.factor = 1 / (1 - step.p0);
-    args.stream = baseline::dropout_stream(seed0_, seed1_, step.p1);
+    args.seed = seed_.const_data_ptr<int64_t>();
+    args.stream = step.p1;
     args.threshold = baseline::dropout_threshold(step.p0);
     args.first = chunk_.first;
   }

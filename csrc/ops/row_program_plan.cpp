@@ -70,11 +70,10 @@ RowProgramPlan::RowProgramPlan(at::TensorList tensors, at::TensorList indices, a
   }
   TORCH_CHECK_VALUE(ptr || width_ < 0, "ptr: expected int64 [S + 1] for a program that reduces, got none");
   if (seed) {
-    TORCH_CHECK_VALUE(seed->is_cpu() && seed->numel() == 2 && seed->scalar_type() == at::kLong && seed->is_contiguous(),
-                      "seed: expected int64 [2] on the CPU, got ", seed->scalar_type(), " ", seed->sizes(), " on ",
-                      seed->device());
-    seed0_ = uint32_t(seed->const_data_ptr<int64_t>()[0]);
-    seed1_ = uint32_t(seed->const_data_ptr<int64_t>()[1]);
+    TORCH_CHECK_VALUE(seed->numel() == 2 && seed->scalar_type() == at::kLong && seed->is_contiguous(),
+                      "seed: expected int64 [2], got ", seed->scalar_type(), " ", seed->sizes());
+    TORCH_CHECK_VALUE(seed->device() == device, "seed: expected one on ", device, ", got one on ", seed->device());
+    seed_ = *seed;
   }
 }
 

@@ -44,7 +44,7 @@ class RowProgramPlan {
   std::vector<RowTable> tables_;
   std::vector<std::pair<int, int>> uses_;  // table, index
   at::Tensor ptr_;
-  uint32_t seed0_ = 0, seed1_ = 0;
+  at::Tensor seed_;
 
   int64_t reduced_width() const { return reduction_ == RowReduction::statistics ? 4 * width_ : width_; }
   std::vector<int64_t> kept_sizes() const;
