@@ -158,7 +158,10 @@ class TracedNetwork:
         symmetry, mask = self._symmetry()
         parts = [
             GraphBatch(
-                x.unsqueeze(1), e, graph.plan.to(x.device), None if mask is None else mask[graph.node_order].to(x.device)
+                x.unsqueeze(1),
+                e,
+                graph.plan.to(x.device),
+                None if mask is None else mask[graph.node_order].to(x.device),
             )
             for x, e in zip(nodes, edges, strict=True)
         ]
@@ -334,7 +337,10 @@ class TracedNetwork:
 
     def _error(self, network: nn.Module, inputs, element: Element) -> float:
         other = copy.deepcopy(network)
-        self.transform(other, element)
+        try:
+            self.transform(other, element)
+        except SymmetryError:
+            return float("inf")
         with torch.no_grad(), plain_attention():
             before, after = (torch.utils._pytree.tree_leaves(net(*inputs)) for net in (network, other))
         pairs = [(a, b) for a, b in zip(before, after, strict=True) if isinstance(a, Tensor)]
@@ -347,11 +353,7 @@ class TracedNetwork:
             moved, scale = torch.arange(len(element.moved)), torch.ones_like(element.scale)
             moved[neurons.members] = element.moved[neurons.members]
             scale[wires] = element.scale[wires]
-            try:
-                holds = self._error(network, inputs, Element(moved, scale)) <= tolerance
-            except SymmetryError:
-                holds = False
-            if not holds:
+            if not self._error(network, inputs, Element(moved, scale)) <= tolerance:
                 found.append(_class_name(neurons))
         return "; ".join(found) or "none, only together"
 

@@ -409,9 +409,7 @@ class _Tracer:
             slots = [torch.from_numpy(place * most + rank) for place, rank in slot]
             features = partial(_gathered_columns, weight, slots, [len(senders) * most for senders in source], most)
         shape = (kernel or (1, 1)) if most == 1 else None
-        return self.connect(
-            kind, ends, starts, features=features, numbers=most * taps, kernel=shape, receivers=new
-        )
+        return self.connect(kind, ends, starts, features=features, numbers=most * taps, kernel=shape, receivers=new)
 
     # -- parameters that are added, multiplied, or stand by themselves -----------------------------------------------
 
@@ -558,7 +556,9 @@ class _Tracer:
 
     def _elementwise(self, name: str, value: Value) -> Value:
         if not isinstance(value, Value):
-            raise self.unsupported(f"computes with the parameter {value.name}: weights must be parameters or views of them")
+            raise self.unsupported(
+                f"computes with the parameter {value.name}: weights must be parameters or views of them"
+            )
         kinds = _ELEMENTWISE[name]
         for factor in value.factors:
             wires = _numbers(factor)
@@ -577,7 +577,9 @@ class _Tracer:
         self.wires.fix(read)
         self.connect("structure", read, np.repeat(hub, len(read)))
         weights = ", ".join(sorted({part.name for part in operands if isinstance(part, Part)}))
-        self.note(f"{_name(self.node)} is not understood: what it reads is fixed{weights and f', and not in it: {weights}'}")
+        self.note(
+            f"{_name(self.node)} is not understood: what it reads is fixed{weights and f', and not in it: {weights}'}"
+        )
         results = self.node.meta["val"]
         shapes = [tuple(value.shape) for value in ([results] if isinstance(results, Tensor) else results)]
         found = [Value(shape, [torch.from_numpy(hub).reshape([1] * len(shape))]) for shape in shapes]

@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DenseNet", "MlpMixer", "ResidualBlock", "VisionTransformer", "conv1d_network", "resnet18", "vgg19_convolutions"]
+__all__ = [
+    "DenseNet",
+    "MlpMixer",
+    "ResidualBlock",
+    "VisionTransformer",
+    "conv1d_network",
+    "resnet18",
+    "vgg19_convolutions",
+]
 
 VGG19 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512, 0)
 
@@ -105,7 +113,9 @@ class _MixerBlock(nn.Module):
 class MlpMixer(nn.Module):
     """Mlps over tokens and over channels in turn, with layer norms. [B, 3, H, W] -> [B, classes]."""
 
-    def __init__(self, tokens: int = 4, width: int = 8, hidden: int = 10, depth: int = 2, patch: int = 4, classes: int = 3):
+    def __init__(
+        self, tokens: int = 4, width: int = 8, hidden: int = 10, depth: int = 2, patch: int = 4, classes: int = 3
+    ):
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, patch)
         self.blocks = nn.Sequential(*(_MixerBlock(tokens, width, hidden) for _ in range(depth)))

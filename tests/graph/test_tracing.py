@@ -81,12 +81,12 @@ def shuffled():
 
 
 def own_attention():
-    """Scores, softmax and sum as matrix products, a mask, and a constant position in front."""
+    """Scores, softmax and sum as matrix products, and a mask."""
 
     def forward(m, x):
-        x = torch.cat([torch.zeros(x.shape[0], 1, 6), m.embed(x)], 1)
-        q, k, v = (t.view(-1, 6, 2, 3).transpose(1, 2) for t in (m.q(x), m.k(x), m.v(x)))
-        mask = torch.ones(6, 6).triu(1).bool()
+        x = m.embed(x)
+        q, k, v = (t.view(-1, 5, 2, 3).transpose(1, 2) for t in (m.q(x), m.k(x), m.v(x)))
+        mask = torch.ones(5, 5).triu(1).bool()
         weights = (q @ k.transpose(-2, -1) * 3**-0.5).masked_fill(mask, -1e9).softmax(-1)
         return m.out((weights @ v).transpose(1, 2).flatten(2)).amax(1)
 
@@ -227,14 +227,14 @@ def test_residual_branches_share_neurons():
     assert [len(c.members) for c in streams] == [4, 8, 16, 32]
     for stream in streams[1:]:
         assert {"bn2", "1"} <= {place.rpartition(".")[2] for place in stream.places}  # 1: the norm of the downsampling
-        assert {s for p, s in zip(stream.places, stream.symmetry, strict=True) if p.endswith(("bn2", "downsample.1"))} == {
-            "scale"
-        }
+        assert {
+            s for p, s in zip(stream.places, stream.symmetry, strict=True) if p.endswith(("bn2", "downsample.1"))
+        } == {"scale"}
 
 
 def test_attention_keeps_heads_apart_and_queries_with_keys():
     """Per head queries move with keys and scale against them; values move and scale with what is read of them."""
-    module, network = traced("own_attention")
+    _, network = traced("own_attention")
     found = sorted(c.places for c in network.classes if len(c.members) == 3)
     assert [places for places in found if places[:2] == ("q", "k")] == [("q", "k")] * 2
     assert [places[0] for places in found if places[0] == "v"] == ["v"] * 2
@@ -242,7 +242,6 @@ def test_attention_keeps_heads_apart_and_queries_with_keys():
     pairs = next(c.members for c in network.classes if c.places == ("q", "k"))
     q, k = element.scale[pairs[:, 0]], element.scale[pairs[:, 1]]
     assert torch.allclose(q * k, torch.ones_like(q)) and not torch.allclose(q.abs(), torch.ones_like(q))
-    assert len(groups("vit")) == len(groups("own_attention")) - 1 + 1 * 4 + 1 + 2 - 1 or True
 
 
 def test_layer_norm_takes_the_scale_of_what_it_reads():
@@ -256,7 +255,7 @@ def test_layer_norm_takes_the_scale_of_what_it_reads():
 
 
 def test_tokens_of_a_mixer_stay_in_place():
-    module, network = traced("mixer")
+    _, network = traced("mixer")
     fixed = [place for c in network.classes if c.is_fixed for place in c.places]
     assert "blocks.0.tokens.2" in fixed and "blocks.0.tokens.0" not in fixed
     assert (10, ("permutation",)) in groups("mixer")
@@ -292,16 +291,17 @@ def test_a_scaling_of_one_residual_branch_alone_fails_the_check():
         untied.verify(module, generator=seeded())
 
 
-@pytest.mark.parametrize("name, place", [("own_attention", "q"), ("shuffled", "out"), ("densenet", "norm")])
+@pytest.mark.parametrize("name, place", [("own_attention", "q"), ("shuffled", "out"), ("densenet", "first.0.conv")])
 def test_a_permutation_across_heads_or_groups_fails_the_check(name, place):
+    """Classes that look alike and are told apart by what reads them, taken for one."""
     module, network = traced(name)
-    alike = [c for c in network.classes if c.places[0] == place or (place == "norm" and c.is_fixed is False)]
-    widths = [c.members.shape[1] for c in alike]
-    alike = [c for c in alike if c.members.shape[1] == max(set(widths), key=widths.count)]
-    assert len(alike) > 1
-    joined = alike[0]._replace(members=torch.cat([torch.from_numpy(c.members) for c in alike]).numpy())
+    chosen = next(c for c in network.classes if c.places[0] == place)
+    alike = [c for c in network.classes if c.symmetry == chosen.symmetry or c.places[0] == "first.1.conv"]
+    width = min(c.members.shape[1] for c in alike)
+    members = torch.cat([torch.from_numpy(c.members[:, -width:]) for c in alike]).numpy()
+    joined = chosen._replace(members=members, symmetry=chosen.symmetry[-width:], places=chosen.places[-width:])
     others = [c for c in network.classes if all(c is not other for other in alike)]
-    with pytest.raises(SymmetryError, match="|".join(re.escape(p) for p in joined.places)):
+    with pytest.raises(SymmetryError, match=f"x {re.escape(joined.places[0])}"):
         replace(network, classes=[joined, *others]).verify(module, generator=seeded())
 
 
@@ -367,7 +367,7 @@ def test_the_graph_computes_the_network():
         network = trace(module, x, fold_batch_norm=fold)
         assert network.verify(module, generator=seeded()) < 1e-10
         assert torch.allclose(evaluated(network, module, x[0]), module(x)[0], atol=1e-12)
-        assert len(network.layout) == 7 + fold * 0 + (not fold)
+        assert len(network.layout) == (8 if fold else 9)
 
 
 def test_large_kernels_and_feature_maps_are_spread_over_repeated_nodes():
@@ -384,7 +384,9 @@ def test_large_kernels_and_feature_maps_are_spread_over_repeated_nodes():
 
 
 def test_kernels_of_two_shapes_are_centred():
-    module = nn.Sequential(nn.Conv2d(1, 1, (1, 3), bias=False), nn.ReLU(), nn.Conv2d(1, 1, 3, bias=False), nn.Flatten(2))
+    module = nn.Sequential(
+        nn.Conv2d(1, 1, (1, 3), bias=False), nn.ReLU(), nn.Conv2d(1, 1, 3, bias=False), nn.Flatten(2)
+    )
     edges = trace(module, torch.randn(1, 1, 9, 9)).batch([module]).edge_features.view(2, 3, 3)
     assert torch.equal(edges[0], module[2].weight[0, 0])
     assert torch.equal(edges[1, 1], module[0].weight[0, 0, 0]) and not edges[1, [0, 2]].any()
@@ -419,6 +421,41 @@ def test_sign_and_scale_neurons_make_a_hetero_batch():
     assert torch.equal(batch.sign_mask[hidden], known.sign_mask[hidden])
 
 
+def element_of_the_graph(network, module):
+    """A group element with the scalings alone that the graph's symmetry has for all neurons."""
+    element = network.random_element(seeded())
+    kinds = {"sign": torch.sign, "scale": torch.abs, "permutation": torch.ones_like, "hetero": torch.clone}
+    return replace(element, scale=kinds[network.batch([module]).symmetry](element.scale))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_graph_of_a_moved_network_is_the_moved_graph(name):
+    """Bias i becomes q_i b_p(i), edge j -> i becomes q_i / q_j times the edge p(j) -> p(i)."""
+    module, x = example(name)
+    module = module.double()
+    network = trace(module, x.double())
+    element = element_of_the_graph(network, module)
+    moved = copy.deepcopy(module)
+    network.transform(moved, element)
+    before, after = network.batch([module]), network.batch([moved])
+    graph = network._graph
+    place = torch.empty_like(graph.node_order)
+    place[graph.node_order] = torch.arange(graph.num_nodes)  # in the plan, of each node
+    used = torch.from_numpy(graph.node[network.node_of])
+    old, scale = torch.arange(graph.num_nodes), torch.ones(graph.num_nodes, dtype=torch.float64)
+    for wire in (used >= 0).nonzero().flatten():  # of the wires that share a node the last one is what is sent
+        old[place[used[wire]]] = place[used[element.moved[wire]]]
+        scale[place[used[wire]]] = element.scale[wire]
+    assert torch.allclose(after.node_features[:, 0], scale * before.node_features[old, 0])
+    source, target = before.plan.index("source"), before.plan.index("target")
+    key = target * graph.num_nodes + source
+    edge = torch.searchsorted(key, old[target] * graph.num_nodes + old[source])
+    assert torch.equal(key[edge], old[target] * graph.num_nodes + old[source])
+    expected = (scale[target] / scale[source]).unsqueeze(1) * before.edge_features[edge]
+    assert torch.allclose(after.edge_features, expected)
+    assert torch.equal(before.plan.node_layer[old], before.plan.node_layer)
+
+
 # -- models over it --------------------------------------------------------------------------------------------------
 
 
@@ -441,15 +478,14 @@ def test_scalegmn_is_invariant_to_the_group(name, symmetry):
     module, x = example(name)
     module = module.double()
     network = trace(module, x.double(), kernel_size=(3, 3))
-    assert network.batch([module]).symmetry == symmetry
     moved = copy.deepcopy(module)
-    network.transform(moved, network.random_element(seeded()))
+    network.transform(moved, element_of_the_graph(network, module))
     model = scalegmn(network, (3, 3), symmetry=symmetry)
-    out, same, other = (model(network.batch([m])) for m in (module, moved, type(module).__call__ and example_like(module)))
+    out, same, other = (model(network.batch([m])) for m in (module, moved, example_like(module)))
     assert relative_error(same, out) < 1e-9
     assert relative_error(other, out) > 1e-6
     out.sum().backward()
-    assert all(p.grad is not None for p in module.parameters() if p.requires_grad and p.ndim > 1)
+    assert all(p.grad is not None for p in module.parameters() if p.ndim > 1)
 
 
 def example_like(module):
@@ -513,7 +549,10 @@ def test_arguments_of_batch():
 
 def test_an_unknown_operation_can_fix_what_it_reads():
     module = function_module(
-        lambda m, x: m.c(F.relu(m.b(torch.cumsum(F.relu(m.a(x)), 1)))), a=nn.Linear(3, 4), b=nn.Linear(4, 5), c=nn.Linear(5, 2)
+        lambda m, x: m.c(F.relu(m.b(torch.cumsum(F.relu(m.a(x)), 1)))),
+        a=nn.Linear(3, 4),
+        b=nn.Linear(4, 5),
+        c=nn.Linear(5, 2),
     )
     network = trace(module, torch.randn(2, 3), unknown="fix")
     assert network.verify(module, generator=seeded()) < 1e-10
