@@ -12,6 +12,7 @@ are read again, norms and activations cost less than the registers that would ho
 import dataclasses
 import functools
 import linecache
+import re
 
 import triton
 import triton.language as tl
@@ -304,17 +305,23 @@ class _Writer:
 
     # -- the whole
 
-    def prologue(self, first_row):
-        """Row numbers, what is inside of the section, and the rows that indices name."""
-        lines = [
-            f"row = ({first_row} + tl.arange(0, {self.request.block})).to(tl.int64)",
-            "inside = row < end",
-        ]
+    def prologue(self, lines):
+        """What statements on the rows of `tile` read: row numbers, rows that indices name, segments, places."""
+        block = self.request.block
+        names = set(re.findall(r"[a-z_]\w*", "\n".join(lines)))
+        found = [f"row = (begin + tile * {block} + tl.arange(0, {block})).to(tl.int64)", "inside = row < end"]
         for index in sorted(self.used_indices):
-            lines.append(f"at{index} = tl.load(i{index} + row, mask=inside, other=0).to(tl.int64)")
-        if self.request.reduced >= 0:
-            lines.append("segment = segments_of(ptr, row, end, segments, steps)")
-        return lines
+            if f"at{index}" in names:
+                found.append(f"at{index} = tl.load(i{index} + row, mask=inside, other=0).to(tl.int64)")
+        if "segment" in names:
+            found.append("segment = segments_of(ptr, row, end, segments, steps)")
+        if "fresh" in names:
+            found.append("fresh = tile == first")
+        if "kept_tiles" in names:
+            found.append(f"kept_tiles = saved_tiles + first.to(tl.int64) * {self.saved_size}")
+        if "slot" in names:
+            found.append(f"slot = slots + first.to(tl.int64) * {self.slot_size}")
+        return found
 
     def inputs(self):
         """(name, type) of the arguments that both kernels have."""
@@ -337,9 +344,8 @@ def _tuples(names):
     return [(name,) if isinstance(name, str) else name for name in names]
 
 
-def _text(name, arguments, lines):
-    signature = ", ".join(argument for argument, _ in arguments)
-    return "\n".join([HEADER, f"def {name}({signature}):", *(f"    {line}" for line in lines)]) + "\n"
+def _precision(request):
+    return f"PRECISION = tl.constexpr({request.precision!r})\n\n"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -370,17 +376,15 @@ def forward_source(request):
             outputs += [("reduced", "*" + request.result), ("partial", "*" + _short(request.acc)), ("holds", "*i64")]
             writer.line("rank = ranks_of(ptr, segment, row)")
             for name, (first, count, _) in zip(names, writer.layout(number), strict=True):
-                where = "ptr, segment, rank, row, inside, end, reduced, partial, tile"
+                where = "ptr, segment, rank, row, inside, end, reduced, partial, first_tile + tile"
                 writer.line(f"add_up({name}, {where}, {width}, {first}, {count})")
-            writer.line("note_parts(ptr, segment, row, end, holds, tile)")
-    lines = [f"PRECISION: tl.constexpr = {request.precision!r}", "number = tl.program_id(0).to(tl.int64)"]
-    lines += writer.prologue(f"begin + number * {request.block}")
-    scalars = writer.scalars()
-    if reduced >= 0:
-        lines.append("tile = first_tile + number")
-        scalars.append(("first_tile", "i64"))
+            writer.line("note_parts(ptr, segment, row, end, holds, first_tile + tile)")
+    scalars = writer.scalars() + ([("first_tile", "i64")] if reduced >= 0 else [])
     arguments = (*writer.inputs(), *outputs, *scalars)
-    return Source(_text("forward_kernel", arguments, lines + writer.lines), arguments)
+    names = ", ".join(name for name, _ in arguments)
+    lines = ["tile = tl.program_id(0).to(tl.int64)", *writer.prologue(writer.lines), *writer.lines]
+    text = [_precision(request), HEADER, f"def forward_kernel({names}):", *("    " + line for line in lines)]
+    return Source("\n".join(text) + "\n", arguments)
 
 
 def _short(acc):
@@ -395,8 +399,9 @@ class _Backward(_Writer):
         for step in self.steps:
             read = [self.wants[k] for k in (step.a, step.b) if k >= 0]
             self.wants.append(any(read) or bool(self.wanted & {step.t0, step.t1, step.t2}))
-        self.grads = {}
+        self.grads, self.carried = {}, {}
         self.saved, self.saved_size = {}, 0
+        self.idle, self.leaving = {}, []  # places of `saved`, {columns: offsets} and (columns, offset)
         self.parameters, self.slot_size = {}, 0
         self.direct, self.gathered = {}, {}
 
@@ -404,10 +409,7 @@ class _Backward(_Writer):
         """The parts of a step's result where derivatives read it."""
         if number not in known:
             if self.steps[number].op == "linear":
-                known[number] = [
-                    self.new(f"saved(kept_tiles + {at}, {cols}, {self.request.block})")
-                    for at, (_, _, cols) in zip(self.place(number), self.layout(number), strict=True)
-                ]
+                known[number] = self.read(self.place(number), number)
             else:
                 known[number] = self.forward(number, lambda k: self.recomputed(k, known))
         return known[number]
@@ -415,17 +417,60 @@ class _Backward(_Writer):
     def place(self, number):
         """Offsets of a linear step's parts in a program's place of `saved`."""
         if number not in self.saved:
-            self.saved[number] = []
-            for _, _, cols in self.layout(number):
-                self.saved[number].append(self.saved_size)
-                self.saved_size += cols * self.request.block
+            self.saved[number] = self.room(number)
         return self.saved[number]
+
+    def room(self, number):
+        """Places for a step's parts in a program's place of `saved`."""
+        found = []
+        for _, _, cols in self.layout(number):
+            found.append(self.saved_size)
+            self.saved_size += cols * self.request.block
+        return found
+
+    def free(self, number, places):
+        """Gradients of later stages may go to these places of a step's parts."""
+        self.leaving += [(cols, at) for at, (_, _, cols) in zip(places, self.layout(number), strict=True)]
+
+    def read(self, places, number):
+        """Tiles that were kept."""
+        return [
+            self.new(f"saved(kept_tiles + {at}, {cols}, {self.request.block})")
+            for at, (_, _, cols) in zip(places, self.layout(number), strict=True)
+        ]
+
+    def grad(self, number):
+        """The gradient of a step so far, None if there is none; an earlier stage's from where that left it."""
+        if number in self.grads:
+            return self.grads.pop(number)
+        if number not in self.carried:
+            return None
+        places = self.carried.pop(number)
+        self.free(number, places)
+        return self.read(places, number)
+
+    def carry(self):
+        """Leaves the gradients that are still to be used to later stages."""
+        for number, names in self.grads.items():
+            widths = [cols for _, _, cols in self.layout(number)]
+            if all(widths.count(cols) <= len(self.idle.get(cols, ())) for cols in widths):
+                places = [self.idle[cols].pop() for cols in widths]
+            else:
+                places = self.room(number)
+            self.carried[number] = places
+            for name, at in zip(names, places, strict=True):
+                self.line(f"save(kept_tiles + {at}, {name})")
+        self.grads.clear()
+        # What this stage reads may be overwritten by the next one.
+        for cols, at in self.leaving:
+            self.idle.setdefault(cols, []).append(at)
+        self.leaving.clear()
 
     def give(self, number, names):
         """A contribution to the gradient of a step."""
         if not self.wants[number]:
             return
-        known = self.grads.get(number)
+        known = self.grad(number)
         self.grads[number] = names if known is None else self.each("{} + {}", known, names)
 
     def parameter(self, tensor, size):
@@ -477,7 +522,7 @@ class _Backward(_Writer):
 
     def backward(self, number):
         """The statements that give the gradients of what a step reads, from that of its result."""
-        step, grad, known = self.steps[number], self.grads.pop(number), {}
+        step, grad, known = self.steps[number], self.grad(number), {}
         a = step.a
 
         def value(k):
@@ -618,38 +663,46 @@ def backward_source(request):
     slots, a place per program; begin, end; segments, steps.
     """
     writer = _Backward(request)
+    stages = []
+
+    def end_stage():
+        if writer.lines:
+            writer.carry()
+            stages.append(writer.lines)
+            writer.lines = []
+
     outputs = list(writer.output_grads())
     for number in reversed(range(len(request.steps))):
-        if number in writer.grads:
-            # Else the compiler would take what is computed again for what it still has, and run out of registers.
-            writer.line("tl.debug_barrier()")
+        if request.steps[number].op == "linear":
+            end_stage()
+        if number in writer.grads or number in writer.carried:
             writer.backward(number)
-    reverse, writer.lines = writer.lines, []
+        if number in writer.saved:
+            writer.free(number, writer.saved[number])
+    end_stage()
     writer.keep()
-    forward = writer.lines
+    stages = [writer.lines] * bool(writer.lines) + stages
     acc = _short(request.acc)
-    lines = [*writer.prologue(f"begin + tile * {request.block}"), "fresh = tile == first", *forward]
-    lines += reverse + ["tl.debug_barrier()"]
-    head = [
-        f"PRECISION: tl.constexpr = {request.precision!r}",
-        "first = tl.program_id(0).to(tl.int64)",
-    ]
     types = {operand.number: operand.dtype for operand in request.operands}
     outputs += [(f"d{tensor}", "*" + types[tensor]) for tensor in writer.direct]
     outputs += [(f"s{tensor}_{index}", "*" + acc) for tensor, index in writer.gathered]
-    if writer.saved:
-        head.append(f"kept_tiles = saved_tiles + first * {writer.saved_size}")
+    if writer.saved_size:
         outputs.append(("saved_tiles", "*" + acc))
     if writer.parameters:
-        head.append(f"slot = slots + first * {writer.slot_size}")
         outputs.append(("slots", "*" + acc))
-    head += [
-        f"tiles = (end - begin + {request.block - 1}) // {request.block}",
-        "for tile in tl.range(first, tiles, tl.num_programs(0), num_stages=1, disable_licm=True):",
-    ]
     arguments = (*writer.inputs(), *outputs, *writer.scalars())
+    names = ", ".join(name for name, _ in arguments)
+    text = [f"PRECISION = tl.constexpr({request.precision!r})\n"]
+    for k, lines in enumerate(stages):
+        text += ["\n@triton.jit(noinline=True)", f"def stage{k}({names}, tile, first):"]
+        text += ["    " + line for line in writer.prologue(lines)] + ["    " + line for line in lines]
+    text += ["\n" + HEADER, f"def backward_kernel({names}):", "    first = tl.program_id(0).to(tl.int64)"]
+    text.append(f"    tiles = (end - begin + {request.block - 1}) // {request.block}")
+    text.append("    for tile in tl.range(first, tiles, tl.num_programs(0), num_stages=1, disable_licm=True):")
+    for k in range(len(stages)):
+        text += [f"        stage{k}({names}, tile, first)", "        tl.debug_barrier()"]
     return Source(
-        _text("backward_kernel", arguments, head + ["    " + line for line in lines]),
+        "\n".join(text) + "\n",
         arguments,
         tuple((tensor, *place) for tensor, place in writer.parameters.items()),
         writer.slot_size,
