@@ -14,6 +14,7 @@ from .twin import Correspondence, Option, UnsupportedError, class_name
 
 #: Classes whose ``forward`` we know, by name.
 FORWARDS = ("ScaleGMN", "ScaleGMN_equiv")
+READOUTS = ("MLPNet", "PermScaleInvariantReadout", "DeepSet")
 
 _ACTIVATIONS = {
     "ELU": "elu", "ReLU": "relu", "SiLU": "silu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Sine": "sine",
@@ -211,6 +212,8 @@ def _position_args(module: nn.Module, other: dict | None) -> dict:
 
 def _readout_args(gnn: nn.Module) -> dict:
     readout = gnn.readout
+    if class_name(readout) not in READOUTS:
+        raise UnsupportedError(f"gnn.readout is a {class_name(readout)}, expected {' or '.join(READOUTS)}")
     last = (readout.rho if class_name(readout) == "MLPNet" else readout.global_mlp).fc[-1]
     if gnn.only_last_layer:
         return {"d_out": last.out_features, "d_rho": gnn.d_hid}

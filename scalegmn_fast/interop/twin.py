@@ -140,8 +140,8 @@ def _pair(path: str, ours: nn.Module, theirs: nn.Module | None, same: Correspond
     if theirs is None:
         raise UnsupportedError(f"{path or 'the model'} is missing")
     names, found = same.classes.get(kind, (kind,)), class_name(theirs)
-    if found not in names:
-        raise UnsupportedError(f"{path or 'the model'} is a {found}, expected {' or '.join(names)}")
+    if path and found not in names:
+        raise UnsupportedError(f"{path} is a {found}, expected {' or '.join(names)}")
     for option in same.options.get(kind, ()):
         mine, other = option.ours(ours), option.theirs(theirs)
         if mine != other:

@@ -7,6 +7,7 @@ They hold what `accelerate` may rely on, and nothing of the originals' code. Sca
 from __future__ import annotations
 
 import copy
+import functools
 from types import SimpleNamespace
 
 import torch
@@ -77,6 +78,7 @@ class _ScaleGMN(nn.Module):
         self.config = resolve(config)
         for name, child in from_config(config).named_children():
             setattr(self, name, mirrored(child, self._describe))
+        self.names = [*dict(self.named_parameters(remove_duplicate=False)), *dict(self.named_buffers())]
         args = self.config
         self.nodes_per_layer, self.direction = args["layer_layout"], args["direction"]
         self.layer_idx = torch.cumsum(torch.tensor([0, *self.nodes_per_layer]), 0)
@@ -131,7 +133,7 @@ class _ScaleGMN(nn.Module):
 
     def forward(self, batch, w=None, b=None):
         weights, biases, value = networks_of(batch, self.nodes_per_layer)
-        state = {**dict(self.named_parameters(remove_duplicate=False)), **dict(self.named_buffers())}
+        state = {name: functools.reduce(getattr, name.split("."), self) for name in self.names}
         return scalegmn(
             self.config, state, weights, biases, input_value=value, sign_mask=getattr(batch, "sign_mask", None)
         )
@@ -157,9 +159,7 @@ def networks_of(batch, layout):
     x, e = batch.x.unflatten(0, (count, -1)), batch.edge_attr.unflatten(0, (count, -1))
     first, *biases = x.split(list(layout), 1)
     sizes = [a * b for a, b in zip(layout[:-1], layout[1:], strict=True)]
-    weights = [
-        w.unflatten(1, (a, b)) for w, a, b in zip(e.split(sizes, 1), layout[:-1], layout[1:], strict=True)
-    ]
+    weights = [w.unflatten(1, (a, b)) for w, a, b in zip(e.split(sizes, 1), layout[:-1], layout[1:], strict=True)]
     return weights, biases, float(first.flatten()[0])
 
 
