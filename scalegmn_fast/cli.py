@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 #: sub-command -> (module with ``configure(parser)`` and ``run(args) -> int``, one line of help)
@@ -38,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         return int(module.run(sub.parse_args(argv[1:])) or 0)
     except (ValueError, TypeError, OSError, KeyError, ImportError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"scalegmn-fast {name}: {message}", file=sys.stderr)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        process = f" (process {os.environ.get('RANK')})" if several else ""
+        print(f"scalegmn-fast {name}{process}: {message}", file=sys.stderr)
         return 2
 
 

@@ -53,10 +53,22 @@ def pooled_width(method: str, which: str | int, layout: Sequence[int] | None, la
 
 
 class NeuralGraph(nn.Module):
-    """What all models share: the check of a batch."""
+    """What all models share: the check of a batch; and of those with an invariant head, that it reads an embedding."""
 
     construct_graph: GraphFeatures | VaryingGraphFeatures
     exact_layout = False  # whether every network must have the model's depth
+
+    def forward(self, graph: GraphBatch) -> Tensor:
+        return self.read_out(self.embed(graph))
+
+    def embed(self, graph: GraphBatch) -> Tensor:
+        """The graph embedding [B, d], what the pooling gives: ``model.read_out(model.embed(graph))`` is
+        ``model(graph)``. Raises ValueError for a model that edits networks, else as ``forward``."""
+        raise ValueError(f"{type(self).__name__} edits networks: expected a model with an invariant head")
+
+    def read_out(self, embedding: Tensor) -> Tensor:
+        """[B, d_out] from what ``embed`` gives."""
+        return self.proj_out(embedding)
 
     def _set_sizes(self, first: int, last: int, hidden_layers: int, d_v: int, d_e: int) -> None:
         self.num_first, self.num_last, self.max_hidden_layers = first, last, hidden_layers

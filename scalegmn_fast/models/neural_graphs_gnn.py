@@ -87,15 +87,15 @@ class GNNForClassification(_Gnn):
         self.proj_out = head([pooled, d_hid, d_hid, d_out])
         self.gnn = Pna(**backbone_arguments(gnn_backbone, d_hid, layout))
 
-    def forward(self, graph: GraphBatch) -> Tensor:
+    def embed(self, graph: GraphBatch) -> Tensor:
         self._check(graph)
         pools_edges = self.pooling_method in EDGE_POOLS
         reads_last = self.pooling_layer_idx == "last" and not pools_edges
         x, e = self._run(graph, reads_last, () if pools_edges else None)
         if pools_edges:
             both_ways, which = self.rev_edge_features, self.pooling_layer_idx
-            return self.proj_out(pool_messages(e, graph.plan, both_ways, self.pooling_method, which))
-        return self.proj_out(self.pool(x, graph.plan))
+            return pool_messages(e, graph.plan, both_ways, self.pooling_method, which)
+        return self.pool(x, graph.plan)
 
 
 class GNNForGeneralization(_Gnn):
@@ -143,10 +143,10 @@ class GNNForGeneralization(_Gnn):
         self.proj_out = head([pooled, d_hid, d_hid, d_out])
         self.gnn = Pna(**backbone_arguments(gnn_backbone, d_hid, None))
 
-    def forward(self, graph: GraphBatch) -> Tensor:
+    def embed(self, graph: GraphBatch) -> Tensor:
         self._check(graph)
         x, _ = self._run(graph, self.pooling_layer_idx == "last")
-        return self.proj_out(self.pool(x, graph.plan))
+        return self.pool(x, graph.plan)
 
 
 class GNNParams(_Gnn, Editor):

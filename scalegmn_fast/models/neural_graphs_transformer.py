@@ -69,17 +69,17 @@ class _TransformerClassifier(_Transformer):
         keeps = method == "mean_edge" or which == "all"
         self.add_layers(args, [not keeps and (disable or index == n_layers - 1) for index in range(n_layers)])
 
-    def forward(self, graph: GraphBatch) -> Tensor:
+    def embed(self, graph: GraphBatch) -> Tensor:
         self._check(graph)
         method, which, plan = self.pooling_method, self.pooling_layer_idx, graph.plan
         pools_edges = method in EDGE_POOLS
         reads = "all" if method == "cat_mean" else which
         x, e, pairs = self._run(graph, pools_edges, getattr(self, "cls_token", None), reads)
         if method == "cls_token":
-            return self.proj_out(x)
+            return x
         if pools_edges:
-            return self.proj_out(pool_pairs(e, plan, pairs, method, which, self.edge_side))
-        return self.proj_out(self.pool(x, plan, "network" if reads == "all" else "selected"))
+            return pool_pairs(e, plan, pairs, method, which, self.edge_side)
+        return self.pool(x, plan, "network" if reads == "all" else "selected")
 
 
 class RelationalTransformer(_TransformerClassifier):

@@ -235,10 +235,23 @@ class _Gnn(PlannedModule):
             self.edge_memory, copies * plan.num_edges * self.options.d_hid * x.element_size(), x.device
         )
 
-    def whole_graph(self, graph: GraphBatch, x: Tensor) -> Tensor:
+    def forward(self, *inputs):
+        """Arguments as of ``rounds``; [B, d_out], or (nodes, edges) for an equivariant head."""
+        x, e = self.rounds(*inputs)
+        return (x, e) if self.options.equivariant else self.readout(*self.readout_inputs(inputs[0], x))
+
+    def embed(self, *inputs) -> Tensor:
+        """What the readout's last mlp reads, [B, d]; arguments as of ``rounds``."""
+        read = self.readout_inputs(inputs[0], self.rounds(*inputs)[0])
+        return read[0] if self.reads_last_only else self.readout.embed(*read)
+
+    def readout_inputs(self, graph: GraphBatch, x: Tensor) -> tuple:
+        """Arguments of the readout from the nodes after all rounds."""
+        if self.reads_last_only:
+            return (self.ends(graph, x),)
         if isinstance(self.readout, DeepSet):
-            return self.readout(x, *rows_by_graph(graph, hidden_only=False))
-        return self.readout(x, node_classes(graph), *rows_by_graph(graph, hidden_only=True))
+            return (x, *rows_by_graph(graph, hidden_only=False))
+        return (x, node_classes(graph), *rows_by_graph(graph, hidden_only=True))
 
 
 class ForwardGnn(_Gnn):
@@ -250,7 +263,8 @@ class ForwardGnn(_Gnn):
         self.fw_layers = nn.ModuleList(layer(options, index) for index in range(options.num_layers))
         self.add_skips_and_readout(options.layout[-1] * options.d_hid)
 
-    def forward(self, graph: GraphBatch, x: Tensor, e: Rows, p: GatheredRows | None):
+    def rounds(self, graph: GraphBatch, x: Tensor, e: Rows, p: GatheredRows | None) -> tuple[Tensor, Rows]:
+        """(nodes, edges) after all rounds; of the nodes those alone that the readout reads, and what precedes them."""
         plan, options = graph.plan, self.options
         shrinks = self.reads_last_only and self.work.liveness
         keeps = self.keeps_edges(plan, x)
@@ -271,11 +285,11 @@ class ForwardGnn(_Gnn):
             update_p = narrow(p, 0, receivers) if options.gnn["pos_embed_upd"] else None
             updated = layer.update_nodes(x[:receivers], aggregated, update_p, rows)
             x = self.next_x(index, x[:receivers], updated)
-        if options.equivariant:
-            return x, e
-        if not self.reads_last_only:
-            return self.whole_graph(graph, x)
-        return self.readout(x[: plan.num_last].reshape(plan.num_graphs, -1))
+        return x, e
+
+    def ends(self, graph: GraphBatch, x: Tensor) -> Tensor:
+        """Last-layer nodes, [B, n_L * d_hid]."""
+        return x[: graph.plan.num_last].reshape(graph.plan.num_graphs, -1)
 
 
 class BidirectionalGnn(_Gnn):
@@ -311,8 +325,8 @@ class BidirectionalGnn(_Gnn):
                 else:
                     setattr(self, name, nn.Linear(count * options.d_hid, options.d_hid))
 
-    def forward(self, graph: GraphBatch, x: Tensor, e: Rows, p: GatheredRows | None, back: Rows):
-        """``back``: features of the reversed edges in ``plan.source_order`` (plan order of e for ``carried``)."""
+    def rounds(self, graph: GraphBatch, x: Tensor, e: Rows, p: GatheredRows | None, back: Rows) -> tuple[Tensor, Rows]:
+        """As `ForwardGnn.rounds`; ``back``: the reversed edges in ``plan.source_order`` (plan order if ``carried``)."""
         plan, options = graph.plan, self.options
         carried = self.edges_back == "carried"
         reads_p = options.gnn["pos_embed_msg"] and options.symmetry != "permutation"
@@ -362,14 +376,14 @@ class BidirectionalGnn(_Gnn):
             joined = torch.cat([x, from_inputs, from_outputs], dim=1)
             update_p = update_p if options.gnn["pos_embed_upd"] else None
             x = self.next_x(index, x, _update(self.update_node_feats_fn[index], joined, update_p, rows))
-        if options.equivariant:
-            return x, e
-        if not self.reads_last_only:
-            return self.whole_graph(graph, x)
-        graphs = plan.num_graphs
+        return x, e
+
+    def ends(self, graph: GraphBatch, x: Tensor) -> Tensor:
+        """Projections of last-layer and of first-layer nodes, [B, 2 d_hid]."""
+        graphs, plan = graph.plan.num_graphs, graph.plan
         last = self.project_last(x[: plan.num_last].reshape(graphs, -1))
         first = self.project_first(x[x.shape[0] - plan.num_first :].reshape(graphs, -1))
-        return self.readout(torch.cat([last, first], dim=1))
+        return torch.cat([last, first], dim=1)
 
 
 class ScaleGMN(PlannedModule):
@@ -377,6 +391,7 @@ class ScaleGMN(PlannedModule):
 
     ``model(graph)`` gives [B, d_out] (invariant head) or ``(weights, biases)`` in the shapes of
     ``GraphBatch.from_weights`` (equivariant head; a list of pairs for a batch of several layouts).
+    ``model.embed(graph)`` gives the graph embedding [B, d] that an invariant head's last mlp reads.
 
     The batch may mix layouts: input and output layers must have the model's widths, hidden layers may have any width,
     and there may be fewer of them (an equivariant head wants the model's number of layers). The batch is not modified.
@@ -428,6 +443,26 @@ class ScaleGMN(PlannedModule):
         )
 
     def forward(self, graph: GraphBatch):
+        out = self.gnn(*self._gnn_inputs(graph))
+        return self._read_back(graph, *out) if self.options.equivariant else out
+
+    def embed(self, graph: GraphBatch) -> Tensor:
+        """The graph embedding [B, d]: ``model.read_out(model.embed(graph))`` is ``model(graph)``.
+
+        d is ``layout[-1] * d_hid`` (forward) or ``2 * d_hid`` (bidirectional) for readouts of the last layer; over the
+        full graph ``d_rho``, for other symmetries than ``permutation`` and ``d_hid`` for each input and output neuron.
+
+        Raises ValueError for an equivariant head, else as ``forward``.
+        """
+        if self.options.equivariant:
+            raise ValueError("equivariant: expected a model with an invariant head, got one that returns networks")
+        return self.gnn.embed(*self._gnn_inputs(graph))
+
+    def read_out(self, embedding: Tensor) -> Tensor:
+        """[B, d_out] from what ``embed`` gives."""
+        return (self.gnn.readout if self.gnn.reads_last_only else self.gnn.readout.global_mlp)(embedding)
+
+    def _gnn_inputs(self, graph: GraphBatch) -> tuple:
         self._check(graph)
         options, plan = self.options, graph.plan
         if options.symmetry != "hetero" and graph.sign_mask is not None:
@@ -440,10 +475,8 @@ class ScaleGMN(PlannedModule):
             p = GatheredRows(self.positional_embeddings.pos_embed, types)
         e = self._edges(graph, graph.edge_features)
         if isinstance(self.gnn, ForwardGnn):
-            out = self.gnn(graph, x, e, p)
-        else:
-            out = self.gnn(graph, x, e, p, self._reversed_edges(graph, e))
-        return self._read_back(graph, *out) if options.equivariant else out
+            return graph, x, e, p
+        return graph, x, e, p, self._reversed_edges(graph, e)
 
     def _edges(self, graph: GraphBatch, features: Tensor) -> Rows:
         edges = self.construct_graph.edges(features)

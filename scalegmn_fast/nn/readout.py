@@ -42,13 +42,17 @@ class InvariantReadout(SymmetryPair):
 
     def forward(self, x: Tensor, classes: RowClasses, order: Tensor, ptr: Tensor) -> Tensor:
         """[B, d_out] from node features [N, d_in]; ``order`` and ``ptr`` group the hidden rows by graph."""
+        return self.global_mlp(self.embed(x, classes, order, ptr))
+
+    def embed(self, x: Tensor, classes: RowClasses, order: Tensor, ptr: Tensor) -> Tensor:
+        """[B, d_rho + d_in * num_io_nodes]: what ``global_mlp`` reads."""
         start, length = classes.range_of("hidden")
         hidden = self.invariant(x.narrow(0, start, length), None, classes.only("hidden"))
         summed = ops.segment_reduce(hidden, ptr, "sum", order=order)
         graphs = summed.shape[0]
         last, first = x[:start], x[start + length :]
         ends = torch.cat([first.reshape(graphs, -1), last.reshape(graphs, -1)], dim=1)
-        return self.global_mlp(torch.cat([summed, ends], dim=1))
+        return torch.cat([summed, ends], dim=1)
 
 
 class DeepSet(PlannedModule):
@@ -62,4 +66,8 @@ class DeepSet(PlannedModule):
 
     def forward(self, x: Tensor, order: Tensor, ptr: Tensor) -> Tensor:
         """[B, d_out] from node features [N, d_in]; ``order`` and ``ptr`` group the rows by graph."""
-        return self.global_mlp(ops.segment_reduce(self.local_mlp(x), ptr, "sum", order=order))
+        return self.global_mlp(self.embed(x, order, ptr))
+
+    def embed(self, x: Tensor, order: Tensor, ptr: Tensor) -> Tensor:
+        """[B, d_rho]: what ``global_mlp`` reads."""
+        return ops.segment_reduce(self.local_mlp(x), ptr, "sum", order=order)

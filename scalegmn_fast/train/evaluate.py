@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     import scalegmn_fast
 
     from .checkpoint import write_json
+    from .distributed import joined, started
     from .model import fitted, varies
     from .plots import draw_confusion, draw_scatter, require_matplotlib
     from .tasks import make_task
@@ -71,11 +72,14 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     task = make_task(torch.as_tensor(dataset.labels), state["config"]["train_args"])
-    with deterministic(), scalegmn_fast.backend(args.backend) if args.backend else contextlib.nullcontext():
+    backend = scalegmn_fast.backend(args.backend) if args.backend else contextlib.nullcontext()
+    with joined(device), deterministic(), backend:
         metrics = evaluate_split(
             model.to(device), dataset, indices, task, batch_size=args.batch_size or state["config"]["batch_size"],
             device=device, statistics=statistics,
         )  # fmt: skip
+    if started()[0] > 0:
+        return 0
     print(f"{args.split}: {format_score(metrics)} (epoch {state['epoch']})")
     if "confusion" in metrics:
         counts = torch.tensor(metrics["confusion"])

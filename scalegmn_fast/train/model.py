@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from scalegmn_fast.data import LayerStatistics, PackedCnns
+from scalegmn_fast.nn.pna import NodeNorm
 
-__all__ = ["batch_statistics", "build_model", "fitted", "layer_statistics", "varies", "width_key"]
+__all__ = ["batch_statistics", "build_model", "fitted", "layer_statistics", "mixing_norm", "varies", "width_key"]
 
 _WIDTHS = ("in_channels", "hidden_channels", "out_channels", "edge_dim")
 
@@ -116,6 +117,16 @@ def _degrees(dataset, both_ways: bool) -> list[int]:
         found, histogram = (nn.functional.pad(x, (0, size - len(x))) for x in (found, histogram))
         histogram = histogram + found
     return histogram.tolist()
+
+
+def mixing_norm(model: nn.Module) -> str | None:
+    """The first normalisation that makes a network's result in training depend on the others in its batch."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return f"batch norm ({name})"
+        if isinstance(module, NodeNorm) and module.scope == "batch":
+            return f"gnn_backbone.norm_scope 'batch' ({name})"
+    return None
 
 
 def layer_statistics(config: Mapping[str, Any], dataset, indices) -> LayerStatistics | None:

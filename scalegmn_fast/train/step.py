@@ -40,11 +40,12 @@ class TrainingStep:
     ):
         self.model, self.loss, self.optimizer, self.max_norm = model, loss, optimizer, max_norm
 
-    def __call__(self, graph: GraphBatch, labels: Tensor) -> StepResult:
+    def __call__(self, graph: GraphBatch, labels: Tensor, weight: float = 1.0) -> StepResult:
+        """A step whose gradients are those of ``weight`` times the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         output = self.model(graph)
         loss = self.loss(output, labels)
-        loss.backward()
+        (loss if weight == 1 else loss * weight).backward()
         norm = None
         if self.max_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)

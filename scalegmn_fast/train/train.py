@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains; 0 when finished, 130 when interrupted (everything saved), 1 when the loss became NaN."""
     from .config import apply_overrides, load_config, validate_config
-    from .trainer import NonFiniteLossError, Trainer
+    from .distributed import joined
 
     overrides = list(args.overrides)
     for key, value in (("train_args.num_epochs", args.epochs), ("batch_size", args.batch_size),
@@ -50,7 +50,13 @@ def run(args: argparse.Namespace) -> int:
     config = validate_config(apply_overrides(load_config(args.config), overrides))
     device = prepare_device(args.device, args.threads)
     dataset = open_dataset(args.data)
-    describe_data(dataset, config)
+    with joined(device):
+        return _train(args, config, dataset, device)
+
+
+def _train(args: argparse.Namespace, config: dict, dataset, device) -> int:
+    from .trainer import NonFiniteLossError, Trainer
+
     trainer = Trainer.from_config(
         config,
         dataset,
@@ -66,25 +72,30 @@ def run(args: argparse.Namespace) -> int:
         tensorboard=args.tensorboard,
         wandb=True if args.wandb else None,
     )
-    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    sizes = ", ".join(f"{len(v):,} {k}" for k, v in trainer.splits.items())
-    print(f"networks   {_layout(dataset)}: {sizes}")
-    print(f"model      {parameters:,} parameters, {_kind(config)}, on {device}")
-    if trainer.total_steps:
-        print(f"resumed    after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps_per_epoch} in the next")
+    writes = trainer.processes.rank == 0
+    if writes:
+        describe_data(dataset, config)
+        _announce(trainer, config)
     try:
         result = trainer.fit()
     except NonFiniteLossError as e:
-        print(f"error: {e}", file=sys.stderr)
+        if writes:
+            print(f"error: {e}", file=sys.stderr)
         return 1
-    _report(result, trainer)
+    if writes:
+        _report(result, trainer)
     return 130 if result["stopped"] == "interrupted" else 0
 
 
 def prepare_device(name: str, threads: int | None):
-    """The torch device of ``name`` (``auto``: CUDA where present), with the number of CPU threads set."""
+    """The torch device of ``name`` (``auto``: CUDA where present), with the number of CPU threads set.
+
+    Of several processes that torchrun started each gets a GPU of its own.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first use: deterministic GEMMs
     import torch
+
+    from .distributed import local_device
 
     if threads is not None:
         if threads < 1:
@@ -92,6 +103,8 @@ def prepare_device(name: str, threads: int | None):
         torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        name = local_device(name)
     try:
         device = torch.device(name)
     except RuntimeError as e:
@@ -135,6 +148,17 @@ def format_score(metrics: dict) -> str:
         f"Kendall's tau {metrics['tau']:.4f}, R2 {metrics['r2']:.4f}, MSE {metrics['mse']:.6f}, "
         f"loss {metrics['loss']:.4f}, {metrics['count']:,} networks"
     )
+
+
+def _announce(trainer, config: dict) -> None:
+    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    sizes = ", ".join(f"{len(v):,} {k}" for k, v in trainer.splits.items())
+    count = trainer.processes.size
+    place = f"{trainer.device.type}, {count} processes" if count > 1 else str(trainer.device)
+    print(f"networks   {_layout(trainer.dataset)}: {sizes}")
+    print(f"model      {parameters:,} parameters, {_kind(config)}, on {place}")
+    if trainer.total_steps:
+        print(f"resumed    after epoch {trainer.epoch}, step {trainer.step} of {trainer.steps_per_epoch} in the next")
 
 
 def _report(result: dict, trainer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import itertools
 import os
 import platform
 import random
@@ -27,8 +28,9 @@ from . import plots
 from .checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint, write_json
 from .config import differences, load_config, validate_config
 from .cuda_graph import GraphedStep, make_capturable
+from .distributed import Processes
 from .loggers import TensorBoardLogger, WandbLogger
-from .model import batch_statistics, build_model, fitted, layer_statistics, width_key
+from .model import batch_statistics, build_model, fitted, layer_statistics, mixing_norm, width_key
 from .optim import build_optimizer, build_scheduler
 from .step import StepResult, TrainingStep
 from .tasks import make_task
@@ -91,21 +93,31 @@ def evaluate_split(
 ) -> dict[str, Any] | None:
     """Metrics of ``model`` (in evaluation mode; its mode is restored) on the networks ``indices`` of ``dataset``.
 
+    Of several processes each takes every so-many-th batch, and all return the metrics of the whole, those that one
+    process gives.
+
     Returns the task's metrics and ``count``; None where ``stop()`` became true between two batches.
     """
+    processes = Processes.current()
+    processes.share_buffers(model)
     training = model.training
     model.eval()
-    outputs, labels = [], []
+    own: list[tuple[Tensor, Tensor]] | None = []
     try:
-        for part in batches(indices, batch_size):
+        for part in batches(indices, batch_size)[processes.rank :: processes.size]:
             if stop():
-                return None
+                own = None
+                break
             graph, target = dataset.batch(part, statistics)
-            outputs.append(model(graph.to(device=device)))
-            labels.append(target)
+            own.append((model(graph.to(device=device)), target))
     finally:
         model.train(training)
-    result = task.metrics(torch.cat(outputs).cpu(), torch.cat(labels).cpu())
+    parts = processes.gather(own and [(output.cpu(), target.cpu()) for output, target in own])
+    if None in parts:
+        return None
+    in_order = [pair for row in itertools.zip_longest(*parts) for pair in row if pair is not None]
+    outputs, labels = (torch.cat(column) for column in zip(*in_order, strict=True))
+    result = task.metrics(outputs, labels)
     result["count"] = len(indices)
     return result
 
@@ -130,6 +142,10 @@ class Trainer:
     (The original stops only when the accuracy fell strictly in each of ``patience`` epochs, which noise prevents.)
     Best: highest validation accuracy (Kendall's tau), then lowest loss. Training ends at ``num_epochs`` or
     ``max_steps``, whichever is first.
+
+    Of several processes (an initialised default process group) each makes a trainer with the same arguments, and calls
+    the same methods. ``batch_size`` counts the networks of all of them together; process 0 alone writes, draws, logs
+    and shows progress. See `distributed` and docs/distributed.md.
 
     Raises ValueError for a bad configuration, an empty train or validation split, labels that the loss or the model's
     output do not fit, or a checkpoint of another run; FileExistsError for a non-empty ``out``.
@@ -158,8 +174,10 @@ class Trainer:
         self.device = torch.device(device)
         self.out = os.fspath(out)
         self.backend = backend
-        self.progress = progress
-        self.make_plots = make_plots
+        self.processes = Processes.current()
+        writes = self.processes.rank == 0
+        self.progress = progress and writes
+        self.make_plots = make_plots and writes
         self.checkpoint_steps = checkpoint_steps
         self.checkpoint_seconds = checkpoint_seconds
         self.on_step = on_step
@@ -182,6 +200,14 @@ class Trainer:
             model = build_model(self.config, self.dataset.layout, self.statistics)
 
         self.model = model.to(self.device)
+        mixed = mixing_norm(self.model)
+        if mixed and self.processes.size > 1 and writes:
+            warnings.warn(
+                f"{mixed} mixes the networks of a batch: here those of each process's part, so that the result depends "
+                "on the number of processes",
+                stacklevel=3,
+            )
+        self._parallel = self.processes.parallel(self.model, self.device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if not trainable:
             raise ValueError("model has no parameter that requires a gradient")
@@ -189,10 +215,12 @@ class Trainer:
         self.optimizer = build_optimizer(trainable, optimization["optimizer_name"], optimization["optimizer_args"])
         self.scheduler = build_scheduler(self.optimizer, optimization["scheduler_args"])
         max_norm = optimization["clip_grad_max_norm"] if optimization["clip_grad"] else None
-        self._training_step = TrainingStep(self.model, self.task.loss, self.optimizer, max_norm)
+        self._training_step = TrainingStep(self._parallel, self.task.loss, self.optimizer, max_norm)
         if self.config["train_args"]["cuda_graph"]:
             if self.device.type != "cuda":
                 raise ValueError(f"train_args.cuda_graph: true needs a CUDA device, got device {self.device}")
+            if self.processes.size > 1:
+                raise ValueError(f"train_args.cuda_graph: true needs one process, got {self.processes.size}")
             make_capturable(self.optimizer, self.device)
             self._training_step = GraphedStep(self._training_step)
         self.data_identity = _identity(self.dataset, self.splits)
@@ -218,9 +246,11 @@ class Trainer:
             self._check_output()
         resumed = self._open_directory(resume, overwrite)
         self._loggers: list = []
-        if tensorboard:
+        wandb = wandb if wandb is not None else self.config.get("wandb") is True
+        self._logs = bool(tensorboard or wandb)
+        if tensorboard and writes:
             self._loggers.append(TensorBoardLogger(os.path.join(self.out, "tensorboard"), self.total_steps))
-        if wandb if wandb is not None else self.config.get("wandb") is True:
+        if wandb and writes:
             logger = WandbLogger(self.config, self.out, self._wandb_id)
             self._wandb_id = logger.run_id
             self._loggers.append(logger)
@@ -281,8 +311,9 @@ class Trainer:
         return result
 
     def save(self, path: str | os.PathLike | None = None) -> None:
-        """Writes a checkpoint of the present moment (default ``last.pt``)."""
-        loss = float(self._sums["loss"])
+        """Writes a checkpoint of the present moment (default ``last.pt``); of several processes all call this."""
+        sums = self.processes.sum(self._sums)
+        loss = float(sums["loss"])
         if not np.isfinite(loss):
             raise NonFiniteLossError(
                 f"the training loss is not finite in epoch {self.epoch + 1}, step {self.step} (learning rate "
@@ -290,10 +321,11 @@ class Trainer:
             )
         self._rng = capture_rng()
         self._tick()
-        save_checkpoint(path or os.path.join(self.out, "last.pt"), self._state())
+        if self.processes.rank == 0:
+            save_checkpoint(path or os.path.join(self.out, "last.pt"), {**self._state(), "sums": sums})
 
     def evaluate(self, split: str) -> dict[str, Any] | None:
-        """Metrics of the present model on a split; None where a signal came in between."""
+        """Metrics of the present model on a split; None where a signal came in between. All processes call this."""
         if split not in self.splits:
             raise ValueError(f"split must be train, val or test, got {split!r}")
         if len(self.splits[split]) == 0:
@@ -338,6 +370,7 @@ class Trainer:
             "wall_seconds": self.seconds,
             "step_seconds_median": _statistics.median(self.step_seconds) if self.step_seconds else None,
             "device": str(self.device),
+            "processes": self.processes.size,
             "threads": torch.get_num_threads(),
             "backend": self.backend or os.environ.get("SCALEGMN_FAST_BACKEND", "auto"),
             "data": self.data_identity,
@@ -374,7 +407,7 @@ class Trainer:
         bar = self._bar(len(parts))
         try:
             while self.step < len(parts):
-                if self._signal is not None:
+                if self._interrupted():
                     return False
                 part = parts[self.step]
                 result = self._optimise(part)
@@ -390,14 +423,16 @@ class Trainer:
                         now = time.perf_counter()
                     self.step_seconds.append((now - window_start) / window)
                     window_start, window = now, 0
-                if self._loggers:
-                    values = {"train/step_loss": float(result.loss), "lr": self.learning_rate}
+                if self._logs:
+                    loss = self.processes.sum({"loss": result.loss})["loss"] / self.processes.size
+                    values = {"train/step_loss": float(loss), "lr": self.learning_rate}
                     norm = {} if result.norm is None else {"train/grad_norm": float(result.norm)}
                     self._log({**values, **norm})
                 if self.on_step is not None:
                     self.on_step(self)
                 due = self.checkpoint_steps and self.total_steps % self.checkpoint_steps == 0
-                due = due or (self.checkpoint_seconds is not None and now - last_save >= self.checkpoint_seconds)
+                if self.checkpoint_seconds is not None and not due:
+                    [due] = self.processes.any(now - last_save >= self.checkpoint_seconds)
                 if due and self.step < len(parts):
                     self.save()
                     last_save = window_start = time.perf_counter()
@@ -408,23 +443,36 @@ class Trainer:
         finally:
             if bar is not None:
                 bar.close()
-        return self._signal is None
+        return not self._interrupted()
 
-    def _optimise(self, part: Tensor) -> StepResult:
+    def _interrupted(self) -> bool:
+        """Whether a signal came, in any process."""
+        return self.processes.any(self._signal is not None)[0]
+
+    def _optimise(self, batch: Tensor) -> StepResult:
+        """One step on the networks ``batch``.
+
+        Of several processes each draws (dropout) by seed, step and rank; the loss is that of its part, by its weight.
+        """
+        part, weight = self.processes.part(batch)
+        several = self.processes.size > 1
+        if several:
+            seed_everything(self.processes.seed(self.seed, self.total_steps))
         graph, labels = self.dataset.batch(part, self._batch_statistics)
         if self.device.type == "cuda":  # copies from other memory would wait for the step before
             graph, labels = graph.pin_memory(), labels.pin_memory()
         graph = graph.to(device=self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
-        result = self._training_step(graph, labels)
+        result = self._training_step(graph, labels, weight) if several else self._training_step(graph, labels)
         if self.scheduler is not None and not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.scheduler.step()
-        self.task.add(self._sums, result.loss, result.output, labels)
-        return result
+        if weight > 0:
+            self.task.add(self._sums, result.loss, result.output, labels)
+        return result._replace(loss=result.loss * weight) if several else result
 
     def _end_epoch(self) -> bool:
         """Validates, records the epoch and keeps the best model; False where a signal came before the end."""
-        train = self.task.running(self._sums)
+        train = self.task.running(self.processes.sum(self._sums))
         if not np.isfinite(train["loss"]):
             self.save()  # raises
         val = self.evaluate("val")
@@ -453,7 +501,7 @@ class Trainer:
             self.best = {"epoch": self.epoch, "val": val}
             self.test = None
             self.save(os.path.join(self.out, "best.pt"))
-        if self._loggers:
+        if self._logs:
             self._log({f"train/{k}": v for k, v in train.items()} | {f"val/{k}": v for k, v in scalars.items()})
         if self.progress:
             mark = "  best" if better else ""
@@ -467,7 +515,8 @@ class Trainer:
     def _test_best(self) -> None:
         """Test metrics of the best validation epoch; the present weights are put back afterwards."""
         present = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        self.model.load_state_dict(load_checkpoint(os.path.join(self.out, "best.pt"))["model"])
+        best = self.processes.first(lambda: load_checkpoint(os.path.join(self.out, "best.pt"))["model"])
+        self.model.load_state_dict(best)
         try:
             test = self.evaluate("test")
         finally:
@@ -476,7 +525,7 @@ class Trainer:
             self.stopped = "interrupted"
             return
         self.test = test
-        if self._loggers:
+        if self._logs:
             self._log({f"test/{k}": v for k, v in test.items() if isinstance(v, (int, float))})
 
     def _reason_to_stop(self) -> str | None:
@@ -499,7 +548,6 @@ class Trainer:
             "step": self.step,
             "total_steps": self.total_steps,
             "seed": self.seed,
-            "sums": self._sums,
             "lr_first": self._lr_first,
             "rows": self.rows,
             "best": self.best,
@@ -508,6 +556,7 @@ class Trainer:
             "stopped": self.stopped,
             "seconds": self.seconds,
             "step_seconds": self.step_seconds[-10000:],
+            "processes": self.processes.size,
             "threads": torch.get_num_threads(),
             "device": str(self.device),
             "backend": self.backend,
@@ -518,8 +567,7 @@ class Trainer:
             "statistics": None if self.statistics is None else self.statistics.state_dict(),
         }
 
-    def _restore(self, path: str) -> None:
-        state = load_checkpoint(path)
+    def _restore(self, path: str, state: Mapping[str, Any]) -> None:
         changed = [
             f"{key}: {old!r} in the checkpoint, {new!r} now"
             for key, old, new in differences(state["config"], self.config)
@@ -531,10 +579,12 @@ class Trainer:
         ]
         if changed:
             raise ValueError(f"'{path}' belongs to another run: {'; '.join(changed)}")
-        if state["threads"] != torch.get_num_threads() or state["device"] != str(self.device):
+        before = state["threads"], state["device"], state.get("processes", 1)
+        now = torch.get_num_threads(), str(self.device), self.processes.size
+        if self.processes.rank == 0 and before != now:
             warnings.warn(
-                f"the run used {state['threads']} threads on {state['device']}, now {torch.get_num_threads()} on "
-                f"{self.device}: the continuation is valid, but not bit for bit the uninterrupted run",
+                f"the run used {before[0]} threads on {before[1]}, now {now[0]} on {now[1]} (processes: {before[2]}, "
+                f"now {now[2]}): the continuation is valid, but not bit for bit the uninterrupted run",
                 stacklevel=4,
             )
         self.model.load_state_dict(state["model"])
@@ -543,7 +593,8 @@ class Trainer:
             make_capturable(self.optimizer, self.device)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self._sums = {k: v.to(self.device) for k, v in state["sums"].items()}
+        if self.processes.rank == 0:  # the others' sums start at zero
+            self._sums = {k: v.to(self.device) for k, v in state["sums"].items()}
         self._rng = state["rng"]
         self._lr_first = state["lr_first"]
         self._wandb_id = state["wandb_id"]
@@ -553,6 +604,14 @@ class Trainer:
 
     def _open_directory(self, resume: bool, overwrite: bool) -> bool:
         """Makes ``out`` ready; True where a run in it was restored."""
+        state = self.processes.first(lambda: self._prepare_directory(resume, overwrite))
+        if state is None:
+            return False
+        self._restore(os.path.join(self.out, "last.pt"), state)
+        return True
+
+    def _prepare_directory(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """Makes ``out`` ready; the checkpoint to continue from, if any."""
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other")
         if os.path.exists(self.out) and not os.path.isdir(self.out):
@@ -564,12 +623,10 @@ class Trainer:
                 os.remove(os.path.join(self.out, name))
             else:
                 present.append(name)
-        last = os.path.join(self.out, "last.pt")
         if resume and present:
             if "last.pt" not in present:
                 raise FileNotFoundError(f"nothing to resume in '{self.out}': it has no last.pt")
-            self._restore(last)
-            return True
+            return load_checkpoint(os.path.join(self.out, "last.pt"))
         if present and not overwrite:
             raise FileExistsError(f"out: '{self.out}' is not empty; continue with resume or replace it with overwrite")
         for name in FILES:
@@ -577,7 +634,7 @@ class Trainer:
                 os.remove(os.path.join(self.out, name))
         for events in glob.glob(os.path.join(glob.escape(self.out), "tensorboard", "events.out.tfevents.*")):
             os.remove(events)
-        return False
+        return None
 
     def _tick(self) -> None:
         if self._started is not None:
@@ -586,7 +643,8 @@ class Trainer:
     def _write_metrics(self) -> dict[str, Any]:
         self._tick()
         result = self.metrics()
-        write_json(os.path.join(self.out, "metrics.json"), result)
+        if self.processes.rank == 0:
+            write_json(os.path.join(self.out, "metrics.json"), result)
         return result
 
     # Surroundings
@@ -615,14 +673,17 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turns the first SIGINT or SIGTERM into a request to stop after the present step."""
+        """Turns the first SIGINT or SIGTERM into a request to stop after the present step.
+
+        A second one ends at once; not where there are several processes, which may get it from torchrun and a terminal.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         previous: dict[int, Any] = {}
 
         def request(number, frame):
-            if self._signal is not None:
+            if self._signal is not None and self.processes.size == 1:
                 raise KeyboardInterrupt
             self._signal = number
 
