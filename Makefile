@@ -22,7 +22,7 @@ $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet numpy "setuptools>=77" wheel ninja "cmake>=3.22" pybind11
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,interop,test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,embed,interop,test]"
 	touch $@
 
 demo: install

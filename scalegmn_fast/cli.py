@@ -15,6 +15,7 @@ COMMANDS = {
     "fit-inrs": ("scalegmn_fast.data.fit_inrs", "fit coordinate networks to images, many at once"),
     "canonicalize": ("scalegmn_fast.data.canonicalize", "fix phase, sign and scale of every network in a packed file"),
     "train": ("scalegmn_fast.train.train", "train a model on a packed dataset"),
+    "embed": ("scalegmn_fast.train.embed", "a vector per network of packed files, as Parquet"),
     "eval": ("scalegmn_fast.train.evaluate", "evaluate a checkpoint on a packed dataset"),
 }
 

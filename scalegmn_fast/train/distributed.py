@@ -7,6 +7,7 @@ batches in evaluation; process 0 alone writes. One process is the same code with
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     yield
+    gc.collect()  # models that stand in reference cycles keep the group's threads, which must end before Python does
     dist.destroy_process_group()
 
 

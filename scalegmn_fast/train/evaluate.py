@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 
-__all__ = ["configure", "load_model", "run"]
+__all__ = ["configure", "fitting", "load_model", "run"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,19 @@ def load_model(path: str | os.PathLike):
     return model.eval(), batch_statistics(state["config"], statistics), state
 
 
+def fitting(dataset, state, checkpoint: str | os.PathLike):
+    """``dataset`` as the model of a checkpoint's ``state`` reads it; ValueError where its networks do not fit."""
+    from .model import fitted, varies
+
+    layout = None if dataset.layout is None else [int(n) for n in dataset.layout]
+    if layout != state["layout"] and not varies(state["config"]):
+        raise ValueError(
+            f"checkpoint '{checkpoint}' is for networks of layout {state['layout']}, '{dataset.path}' holds "
+            f"{layout or 'several'}"
+        )
+    return fitted(state["config"], dataset)[1]
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints the metrics; 0 when done."""
     import torch
@@ -48,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
 
     from .checkpoint import write_json
     from .distributed import joined, started
-    from .model import fitted, varies
     from .plots import draw_confusion, draw_scatter, require_matplotlib
     from .tasks import make_task
     from .train import format_score, open_dataset, prepare_device
@@ -58,14 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         require_matplotlib()
     model, statistics, state = load_model(args.checkpoint)
-    dataset = open_dataset(args.data)
-    layout = None if dataset.layout is None else [int(n) for n in dataset.layout]
-    if layout != state["layout"] and not varies(state["config"]):
-        raise ValueError(
-            f"checkpoint '{args.checkpoint}' is for networks of layout {state['layout']}, '{args.data}' holds "
-            f"{layout or 'several'}"
-        )
-    _, dataset = fitted(state["config"], dataset)
+    dataset = fitting(open_dataset(args.data), state, args.checkpoint)
     indices = torch.as_tensor(dataset.split(args.split), dtype=torch.int64)
     if len(indices) == 0:
         raise ValueError(f"--split {args.split}: it is empty in '{args.data}'")

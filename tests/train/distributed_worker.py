@@ -19,6 +19,7 @@ from scalegmn_fast.train import NonFiniteLossError, Trainer, build_model, seed_e
 from scalegmn_fast.train.distributed import joined
 
 OPTIONS = {"make_plots": False, "checkpoint_seconds": None}
+BATCH_NORM = {"scalegmn_args__mlp_args__batch_norm": True}
 
 
 class Double:
@@ -100,9 +101,12 @@ def every_case(folder, rank):
         fit(config_of("pna", train_args__num_epochs=1), dataset, folder / "mixing")
     seen["warnings"] = [str(w.message) for w in caught]
     fit(plain(), dataset, folder / "two_then_one", on_step=interrupt_at(8, rank=1))
-    fit(tiny_config(), dataset, folder / "dropout")
+    seen["seeds"] = []
+    note = lambda trainer: seen["seeds"].append(torch.initial_seed())  # noqa: E731
+    fit(tiny_config(), dataset, folder / "dropout", on_step=note)
     fit(tiny_config(), dataset, folder / "dropout_resumed", on_step=interrupt_at(7))
     fit(tiny_config(), dataset, folder / "dropout_resumed", resume=True)
+    fit(plain(train_args__num_epochs=1, **BATCH_NORM), dataset, folder / "batch_norm")
     seen["refused"] = outcome(lambda: fit(plain(), dataset, folder / "two"))
     seen["poisoned"] = outcome(lambda: fit(plain(), dataset, folder / "poisoned", on_step=poison))
     (folder / f"seen.{rank}.json").write_text(json.dumps(seen))

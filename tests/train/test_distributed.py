@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import OPTIONS, fit, fit_double, fit_neural_graphs, plain
+from distributed_worker import BATCH_NORM, OPTIONS, fit, fit_double, fit_neural_graphs, plain
 from test_trainer import assert_same_run, curve
 from train_tiny import write_tiny
 
@@ -93,6 +93,15 @@ def test_evaluation_in_parts_gives_the_numbers_of_one_process(runs):
     assert run.evaluate("val") == result["best"]["val"] and run.evaluate("test") == result["test"]
 
 
+def test_running_statistics_are_those_of_the_checkpoint(runs):
+    """Each process has its own part's after the last step; validation and checkpoint take the first's."""
+    state = load_checkpoint(runs / "batch_norm" / "last.pt")
+    config, dataset = plain(**BATCH_NORM), write_tiny(runs / "fourth.safetensors")
+    run = Trainer.from_config(config, dataset, runs / "batch_norm_evaluated", **OPTIONS)
+    run.model.load_state_dict(state["model"])
+    assert {"loss": state["rows"][0]["val"]["loss"]}.items() <= run.evaluate("val").items()
+
+
 def test_one_log_and_one_checkpoint(runs):
     assert sorted(os.listdir(runs / "two")) == ["best.pt", "last.pt", "metrics.json"]
     assert json.loads((runs / "two" / "metrics.json").read_text())["processes"] == 2
@@ -119,6 +128,7 @@ def test_one_process_continues_inside_an_epoch_of_two(runs):
 def test_two_processes_continue_their_own_run_bit_for_bit(runs):
     """With dropout: its draws depend on seed, step and rank alone."""
     assert_same_run(runs / "dropout_resumed", runs / "dropout")
+    assert len({*seen(runs, 0)["seeds"], *seen(runs, 1)["seeds"]}) == 30
     assert curve(runs / "dropout")[0] != curve(runs / "two")[0]
 
 
