@@ -1,6 +1,6 @@
 """Embed the networks of packed files with a trained model: a vector per network, in Parquet files.
 
-A folder of results holds ``manifest.json`` and per shard (input file) one part, or several of ``part_rows`` rows:
+A folder of results holds ``_manifest.json`` and per shard (input file) one part, or several of ``part_rows`` rows:
 ``part-SHARD-PIECE-of-PIECES.parquet``, with the columns
 
 ============== =============================== ================================================================
@@ -34,7 +34,7 @@ __all__ = ["Counts", "configure", "embed_shards", "run"]
 
 FORMAT = "scalegmn_fast.embeddings"
 VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names that begin so
 _PART = re.compile(r"part-(\d+)-(\d+)-of-(\d+)\.parquet")
 _ROW_GROUP_BYTES = 1 << 25
 

@@ -73,7 +73,7 @@ def test_rows_per_part(zoo, tmp_path):
     tables = [parquet.read_table(sorted(folder.glob("*.parquet"))) for folder in (whole, pieces)]
     assert tables[0].equals(tables[1])  # 8 rows are whole batches of 4
     metadata = tables[0].schema.metadata
-    manifest = json.loads((whole / "manifest.json").read_text())
+    manifest = json.loads((whole / "_manifest.json").read_text())
     assert metadata[b"scalegmn_fast.checkpoint"].decode() == manifest["checkpoint"]["sha256"]
 
 
@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(zoo, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(zoo, out, part_rows=8)
     assert calls == [0, 4, 8]
-    assert sorted(os.listdir(out)) == ["manifest.json", "part-00000-00000-of-00002.parquet"]
+    assert sorted(os.listdir(out)) == ["_manifest.json", "part-00000-00000-of-00002.parquet"]
     (out / ".part-00000-00001-of-00002.parquet.77.tmp").write_bytes(b"half")
     counts = run(zoo, out, part_rows=8)
     assert (counts.networks, counts.written, counts.found) == (18, 4, 1)
@@ -127,7 +127,7 @@ def test_urls_and_globs(zoo, tmp_path):
     counts = run(zoo, url, inputs=["memory://zoo/*.safetensors", "memory://zoo/b.npz"])
     assert counts.networks == 26
     names = sorted(entry.rpartition("/")[2] for entry in memory.ls("/zoo-out", detail=False))
-    assert names == ["manifest.json", *(f"part-0000{k}-00000-of-00001.parquet" for k in range(3))]
+    assert names == ["_manifest.json", *(f"part-0000{k}-00000-of-00001.parquet" for k in range(3))]
     with memory.open("/zoo-out/part-00001-00000-of-00001.parquet") as handle:
         remote = parquet.read_table(handle)
     assert set(remote["shard"].to_pylist()) == {"memory:///zoo/c.safetensors"}
@@ -155,11 +155,11 @@ def test_results_of_another_run_are_refused(zoo, tmp_path):
         with pytest.raises(ValueError, match="belongs to another run: .*" + message):
             run(zoo, out, **options)
     assert contents(out) == before
-    (out / "manifest.json").write_text("{}")
+    (out / "_manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="is not one of scalegmn-fast embed"):
         run(zoo, out)
-    (out / "manifest.json").unlink()
-    with pytest.raises(FileExistsError, match="is not empty and has no manifest.json"):
+    (out / "_manifest.json").unlink()
+    with pytest.raises(FileExistsError, match="is not empty and has no _manifest.json"):
         run(zoo, out)
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileExistsError, match="is a file"):
@@ -172,7 +172,7 @@ def test_a_bad_shard_is_named_and_stops_or_is_skipped(zoo, tmp_path, capsys):
     inputs = [damaged, zoo / "other.layout", zoo / "c.safetensors"]
     with pytest.raises(ValueError, match="shard '.*damaged.safetensors': .*truncated"):
         run(zoo, tmp_path / "stop", inputs=inputs)
-    assert os.listdir(tmp_path / "stop") == ["manifest.json"]
+    assert os.listdir(tmp_path / "stop") == ["_manifest.json"]
     counts = run(zoo, tmp_path / "skip", inputs=inputs, on_error="skip")
     assert counts.networks == 5 and set(counts.skipped) == {str(damaged), str(zoo / "other.layout")}
     text = capsys.readouterr().err
