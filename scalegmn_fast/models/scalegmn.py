@@ -231,9 +231,7 @@ class _Gnn(PlannedModule):
     def keeps_edges(self, plan, x: Tensor) -> bool:
         """Whether updated edge features are written out (``edge_memory``)."""
         copies = 2 * self.options.num_layers if torch.is_grad_enabled() else 2
-        return keeps_edges(
-            self.edge_memory, copies * plan.num_edges * self.options.d_hid * x.element_size(), x.device
-        )
+        return keeps_edges(self.edge_memory, copies * plan.num_edges * self.options.d_hid * x.element_size(), x.device)
 
     def forward(self, *inputs):
         """Arguments as of ``rounds``; [B, d_out], or (nodes, edges) for an equivariant head."""
