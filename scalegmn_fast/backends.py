@@ -98,7 +98,7 @@ def _native_missing() -> str:
     return compiled_module()[1]
 
 
-# What `torch.compiler.assume_constant_result` sets; that would import the compiler, which doubles the time of an import.
+# What `torch.compiler.assume_constant_result` sets, without the second that importing the compiler takes.
 _native_missing._dynamo_marked_constant = True
 
 

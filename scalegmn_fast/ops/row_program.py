@@ -64,10 +64,10 @@ def _backward(
     grad_reduced, grad_rows, reduced, kept, extremes, tensors, indices, bounds, code, constants, ptr, seed, wanted
 ):
     kernel = backends.implementation("row_program", "backward", tensors[0])
+    given = _given(indices, bounds)
     return kernel(
-        grad_reduced, grad_rows, reduced, kept, extremes, tensors, _given(indices, bounds), bounds, code, constants, ptr,
-        seed, wanted,
-    )  # fmt: skip
+        grad_reduced, grad_rows, reduced, kept, extremes, tensors, given, bounds, code, constants, ptr, seed, wanted
+    )
 
 
 def _backward_fake(

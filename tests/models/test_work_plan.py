@@ -7,7 +7,7 @@ import torch
 
 from scalegmn_fast import backend
 from scalegmn_fast.graph import GraphBatch
-from scalegmn_fast.models import from_config, published_config, published_names
+from scalegmn_fast.models import ScaleGMNConfig, from_config, published_config, published_names
 from scalegmn_fast.nn import WorkPlan, set_work_plan
 from scalegmn_fast.ops.row_program import RowProgram
 from scalegmn_fast.testing import random_network
@@ -170,3 +170,14 @@ def test_dropout_inside_row_programs_follows_the_seed():
     first, again, other = run(0), run(0), run(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("symmetry", ["sign", "scale"])
+@pytest.mark.parametrize("edge_types", [False, True], ids=["one_edge_type", "edge_types"])
+def test_models_of_fewer_rounds_than_layers(symmetry, edge_types):
+    """Their first round already leaves out edges that no output depends on."""
+    config = ScaleGMNConfig([2, 5, 4, 3], symmetry=symmetry, num_layers=2, d_hid=6, edge_pos_embed=edge_types)
+    model = from_config(config).double().eval()
+    expected = outputs_and_gradients(model, WorkPlan.none())
+    for actual, wanted in zip(outputs_and_gradients(model, WorkPlan()), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)
