@@ -4,9 +4,10 @@
 
 ResNet-18 and VGG-19's convolutions with random weights, traced from 3 x 224 x 224 images, kernels as 3 x 3 numbers
 (larger ones spread over several nodes), read by ``svhn/scalegmn_relu``: 4 rounds of 64 features along the weights, the
-whole graph read, so that every edge counts in every round. ViT-tiny, which has no scale symmetry, is traced alone. float32;
-peak memory is the highest resident set during the call, minus that before it. Each part runs in a process of its own
-that may take nine tenths of the free memory, and fails as a result of its own.
+whole graph read, so that every edge counts in every round. ViT-tiny, which has no scale symmetry, is traced alone.
+float32; edge features are not kept (``edge_memory: recompute``); peak memory is the highest resident set during the
+call, minus that before it. Each part runs in a process of its own that may take nine tenths of the free memory, and
+fails as a result of its own.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from .architecture import Architecture
 from .batch import GraphBatch
 from .cnns import from_cnns
 from .plan import GraphPlan
-from .traced import SymmetryError, TracedNetwork
-from .tracing import trace
+from .tracing import SymmetryError, TracedNetwork, trace
 
 __all__ = ["Architecture", "GraphBatch", "GraphPlan", "SymmetryError", "TracedNetwork", "from_cnns", "trace"]

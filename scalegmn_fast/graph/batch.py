@@ -245,6 +245,7 @@ class GraphBatch:
         cls,
         modules: Sequence[nn.Module],
         *,
+        inputs: Tensor | Sequence[Tensor] | None = None,
         input_value: float | None = None,
         activation: str | None = None,
         module_symmetry: Mapping[type[nn.Module], str] | None = None,
@@ -256,6 +257,7 @@ class GraphBatch:
 
         return builders.from_modules(
             modules,
+            inputs=inputs,
             input_value=input_value,
             activation=activation,
             module_symmetry=module_symmetry,

@@ -360,6 +360,7 @@ class _Item(NamedTuple):
 def from_modules(
     modules: Sequence[nn.Module],
     *,
+    inputs: Tensor | Sequence[Tensor] | None = None,
     input_value: float | None = None,
     activation: str | None = None,
     module_symmetry: Mapping[type[nn.Module], str] | None = None,
@@ -371,7 +372,8 @@ def from_modules(
     A network is a stack of Linear and Conv2d with activations, dropout, Flatten and pooling between them: an
     nn.Sequential, or a module whose children, in the order of their definition, are such a stack. ``forward`` is not
     read. Sine layers are known by their class's name (Sine, Siren, SineLayer) or an attribute ``w0`` or ``omega_0``, on
-    their own or around one linear layer.
+    their own or around one linear layer. With ``inputs`` any feed-forward module goes: `tracing.trace` reads
+    ``forward``, and says what is understood and which symmetries neurons have.
 
     What stands between two layers decides on the neurons there: odd functions (tanh, sine, softsign, shrinkages) have
     the sign symmetry, positively homogeneous ones (ReLU, LeakyReLU, max pooling) the scale symmetry, linear ones
@@ -384,6 +386,9 @@ def from_modules(
 
     Args:
         modules: the networks; architectures may differ.
+        inputs: an example of what ``forward`` takes; then `trace` reads the modules one by one, and ``activation``,
+            ``module_symmetry`` and ``linear_tap`` are not needed. For many modules of one architecture `trace` and
+            `TracedNetwork.batch` are faster.
         input_value, kernel_size, linear_tap: see `from_state_dicts`.
         activation: "sign", "scale" or "permutation": the symmetry of what ``forward`` applies between two layers with
             no activation module between them. Needed where ``forward`` may apply one: outside nn.Sequential.
@@ -397,6 +402,13 @@ def from_modules(
             names the child and what is supported); parameters of several dtypes or devices; layers that do not fit.
     """
     _check_list("modules", modules)
+    if inputs is not None:
+        unread = {"activation": activation, "module_symmetry": module_symmetry}
+        unread["linear_tap"] = None if linear_tap == "centre" else linear_tap
+        for name, value in unread.items():
+            if value is not None:
+                raise ValueError(f"{name} must be left out with inputs (forward says it), got {value!r}")
+        return _from_traces(modules, inputs, input_value, kernel_size)
     between = None if activation is None else _kinds("activation", activation)
     own = {cls: _kinds(f"module_symmetry[{cls.__name__}]", kind) for cls, kind in (module_symmetry or {}).items()}
     networks, hidden = [], []
@@ -416,6 +428,14 @@ def from_modules(
     batch = _build(networks, input_value=input_value, masks=masks, kernel_size=kernel_size, linear_tap=linear_tap)
     batch.symmetry = symmetry
     return batch
+
+
+def _from_traces(modules: Sequence[nn.Module], inputs, input_value, kernel_size) -> GraphBatch:
+    from .tracing import trace
+
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+    traced = [trace(module, *inputs, input_value=input_value, kernel_size=kernel_size) for module in modules]
+    return GraphBatch.cat([network.batch([module]) for network, module in zip(traced, modules, strict=True)])
 
 
 def _kinds(name: str, kind: str) -> frozenset[str]:

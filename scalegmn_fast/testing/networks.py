@@ -136,7 +136,7 @@ class _DenseLayer(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Two blocks of layers that read all layers before them, a 1x1 convolution between. [B, 3, H, W] -> [B, classes]."""
+    """Two blocks whose layers read all before them, a 1x1 convolution between. [B, 3, H, W] -> [B, classes]."""
 
     def __init__(self, width: int = 6, growth: int = 4, depth: int = 2, classes: int = 5):
         super().__init__()

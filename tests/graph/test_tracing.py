@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from scalegmn_fast.graph import GraphBatch, SymmetryError, trace
-from scalegmn_fast.models import from_config, published_config
+from scalegmn_fast.models import from_config, neural_graphs_config, published_config
 from scalegmn_fast.testing import networks, relative_error
 
 
@@ -116,14 +116,32 @@ def language():
 def matrices():
     return function_module(
         lambda m, x: torch.sin(x @ m.first + m.bias) @ m.second,
-        first=nn.Parameter(torch.randn(3, 7)), bias=nn.Parameter(torch.randn(7)), second=nn.Parameter(torch.randn(7, 2)),
-    )  # fmt: skip
+        first=nn.Parameter(torch.randn(3, 7)),
+        bias=nn.Parameter(torch.randn(7)),
+        second=nn.Parameter(torch.randn(7, 2)),
+    )
 
 
 def pooled_convolutions():
     return nn.Sequential(
-        nn.ZeroPad2d(1), nn.Conv2d(2, 6, 3, stride=2, dilation=2), nn.PReLU(6), nn.MaxPool2d(2), nn.Dropout(), nn.Flatten(),
-        nn.Linear(6 * 9, 5), nn.Hardtanh(), nn.Linear(5, 2),
+        nn.ZeroPad2d(1), nn.Conv2d(2, 6, 3, stride=2, dilation=2), nn.PReLU(6), nn.MaxPool2d(2), nn.Dropout(),
+        nn.Flatten(), nn.Linear(6 * 9, 5), nn.Hardtanh(), nn.Linear(5, 2),
+    )  # fmt: skip
+
+
+def spatial_gate():
+    """A map that channels are summed to and that multiplies them all; RMS norms, differences, constants, resizing."""
+
+    def forward(m, x):
+        x = 0.5 * m.conv(x) - m.other(x)
+        x = m.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = F.interpolate(x * torch.sigmoid(x.mean(1, keepdim=True)), scale_factor=2)
+        x = torch.cat([x.roll(1, 1), m.third(x).flip(1)], 1)
+        return m.head(x.sum((2, 3)))
+
+    return function_module(
+        forward, conv=nn.Conv2d(2, 6, 1), other=nn.Conv2d(2, 6, 1), norm=nn.RMSNorm(6),
+        third=nn.Conv2d(6, 3, 3, padding=1), head=nn.Linear(9, 2),
     )  # fmt: skip
 
 
@@ -143,6 +161,7 @@ CASES = {
     "squeeze_excitation": (squeeze_excitation, (2, 3, 8, 8)),
     "gated": (gated, (2, 5)),
     "shuffled": (shuffled, (2, 4, 4, 4)),
+    "spatial_gate": (spatial_gate, (2, 2, 4, 4)),
     "own_attention": (own_attention, (2, 5, 4)),
     "encoder_layer": (encoder_layer, (2, 5, 3)),
     "attention_with_weights": (attention_with_weights, (2, 5, 3)),
@@ -488,6 +507,22 @@ def test_scalegmn_is_invariant_to_the_group(name, symmetry):
     assert all(p.grad is not None for p in module.parameters() if p.ndim > 1)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mixer"])
+def test_neural_graphs_of_varying_architectures_are_invariant_to_permutations(name):
+    module, x = example(name)
+    module = module.double().eval()
+    network = trace(module, x.double(), kernel_size=(3, 3))
+    moved, layout = copy.deepcopy(module), network.layout
+    element = network.random_element(seeded())
+    network.transform(moved, replace(element, scale=torch.ones_like(element.scale)))
+    config = neural_graphs_config("cnn_generalization/pna")
+    config |= {"input_channels": layout[0], "num_classes": layout[-1]}
+    config["graph_constructor"] |= {"d_edge_in": 9, "max_num_hidden_layers": len(layout), "stats": None}
+    model = from_config(config).double().eval()
+    out, same, other = (model(network.batch([m])) for m in (module, moved, example_like(module)))
+    assert relative_error(same, out) < 1e-9 < relative_error(other, out)
+
+
 def example_like(module):
     """The module with other weights."""
     other = copy.deepcopy(module)
@@ -506,7 +541,7 @@ def example_like(module):
         (function_module(lambda m, x: torch.cumsum(m.a(x), 1), a=nn.Linear(3, 4)), torch.randn(2, 3),
          "cumsum in forward is not supported; supported are .*conv2d.*linear"),
         (function_module(lambda m, x: m.a(x) if x.sum() > 0 else x, a=nn.Linear(3, 3)), torch.randn(2, 3),
-         "module must be feed-forward, without control flow"),
+         "module must run on inputs and be feed-forward, without control flow"),
         (function_module(lambda m, x: m.a(torch.relu(m.a(x))), a=nn.Linear(3, 3)), torch.randn(2, 3),
          "linear in a reads a.weight a second time, after a: weights must be used once"),
         (function_module(lambda m, x: F.linear(x, m.a.weight * 2), a=nn.Linear(3, 3)), torch.randn(2, 3),
@@ -559,6 +594,40 @@ def test_an_unknown_operation_can_fix_what_it_reads():
     assert [(len(c.members), c.symmetry) for c in network.classes if not c.is_fixed] == [(5, ("scale",))]
     assert "forward: cumsum is not understood" in network.report()
     assert network.batch([module]).symmetry == "permutation"
+
+
+def test_constants_beside_neurons_and_differences():
+    """Zeros in front of tokens fix the neurons of these; a constant vector fixes the neurons it is added to."""
+
+    def forward(m, x):
+        x = torch.cat([torch.zeros(x.shape[0], 1, 4), m.a(x)], 1)
+        return m.c(torch.relu(m.b(x) + torch.arange(5.0)) - torch.relu(m.d(x)))
+
+    module = function_module(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 5), c=nn.Linear(5, 2), d=nn.Linear(4, 5))
+    network = trace(module, torch.randn(2, 6, 3))
+    assert network.verify(module, generator=seeded()) < 1e-10
+    assert all(neurons.is_fixed for neurons in network.classes)
+
+
+def test_what_is_written_in_place_is_not_read_under_another_name():
+    def forward(m, x):
+        x = m.a(x)
+        view = x.view(2, 2, 2)
+        x.relu_()
+        return m.b(view.flatten(1))
+
+    module = function_module(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="relu_ in forward writes into a tensor that is read under another name"):
+        trace(module, torch.randn(2, 3))
+
+
+def test_from_modules_traces_where_inputs_are_given():
+    module = networks.resnet18(4, 5)
+    x = torch.randn(1, 3, 32, 32)
+    batch, known = GraphBatch.from_modules([module, module], inputs=x), trace(module, x).batch([module, module])
+    assert torch.equal(batch.edge_features, known.edge_features) and batch.symmetry == "scale"
+    with pytest.raises(ValueError, match="activation must be left out with inputs"):
+        GraphBatch.from_modules([module], inputs=x, activation="scale")
 
 
 def test_a_module_called_twice_on_one_value_is_one_operation():

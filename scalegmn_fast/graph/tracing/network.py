@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .architecture import ACTIVATION_NAMES, Architecture
-from .batch import GraphBatch
-from .builders import _check_list, _edge_features, _Grid
-from .plan import FIRST, HIDDEN, LAST, GraphPlan
+from ..architecture import ACTIVATION_NAMES, Architecture
+from ..batch import GraphBatch
+from ..builders import _check_list, _edge_features, _Grid
+from ..plan import FIRST, HIDDEN, LAST, GraphPlan
 from .wires import BOTH, SCALE, SIGN, Element, NeuronClass, random_element
 
 TOLERANCE = 1e-8
@@ -47,6 +47,10 @@ class Part:
         if self.index is not None:
             return self.index
         return torch.arange(int(np.prod(self.shape))).reshape(self.shape)
+
+    def reshaped(self, *shape: int) -> Part:
+        """The same elements in another shape."""
+        return replace(self, shape=shape, index=None if self.index is None else self.index.reshape(shape))
 
     def view(self, fn: Callable[[Tensor], Tensor]) -> Part:
         """The part after an operation that moves elements."""
@@ -425,7 +429,7 @@ def _pieces(edges: Edges, grid: _Grid) -> tuple[int, int]:
 
 
 def _widened(values: Tensor, kernel: tuple[int, int] | None, grid: _Grid) -> Tensor:
-    """[edges, numbers] -> [edges, d_e]: kernels on the grid's centre, other numbers, and long kernels, from the start."""
+    """[edges, numbers] -> [edges, d_e]: kernels on the grid's centre, other numbers and long kernels from the start."""
     if kernel is None or kernel[0] > grid.height or kernel[1] > grid.width:
         return _edge_features(values.unsqueeze(0), values.shape[1], grid)[0, 0]
     return _edge_features(values.unflatten(1, kernel)[None, :, None], 1, grid)[0, 0]
