@@ -1,7 +1,7 @@
 """Activation functions and their derivatives on tiles in float32 or float64.
 
-Written with ``tl.exp`` and ``tl.sin`` alone, so that the interpreter runs the same formulas as a GPU. NaN propagates
-through every one of them.
+Written with ``tl.exp``, ``tl.sin`` and ``tl.erf`` alone, so that the interpreter runs the same formulas as a GPU. NaN
+propagates through every one of them.
 """
 
 import triton
@@ -35,7 +35,7 @@ def tanh(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, W0: tl.constexpr):
-    """act(x). ``sine`` is sin(W0 x); ``elu`` has alpha = 1."""
+    """act(x). ``sine`` is sin(W0 x); ``elu`` has alpha = 1; ``gelu`` (row programs alone) is the exact one."""
     if ACTIVATION == "relu":
         return tl.where(x < 0.0, 0.0, x)
     elif ACTIVATION == "elu":
@@ -48,6 +48,8 @@ def activate(x, ACTIVATION: tl.constexpr, W0: tl.constexpr):
         return sigmoid(x)
     elif ACTIVATION == "sine":
         return tl.sin(W0 * x)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
         tl.static_assert(ACTIVATION == "identity", "unknown activation")
         return x
@@ -71,6 +73,8 @@ def activation_derivative(x, ACTIVATION: tl.constexpr, W0: tl.constexpr):
         return gate * (1.0 - gate)
     elif ACTIVATION == "sine":
         return W0 * tl.cos(W0 * x)
+    elif ACTIVATION == "gelu":
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
     else:
         tl.static_assert(ACTIVATION == "identity", "unknown activation")
         return x * 0.0 + 1.0

@@ -1,10 +1,10 @@
-"""`row_program` on a GPU: one generated kernel per section of a program (see `row_source`), forward and backward.
+"""`row_program` on a GPU: kernels generated for each section of a program (see `row_source`).
 
 Forward: a program runs all steps on one tile of rows and adds up its rows per segment. A segment that spans tiles is
 left in parts, one per tile, which `merge_kernel` adds in order.
 
-Backward: `PROGRAMS` programs go through the tiles in turn. Gradients of parameters are summed in a place per program, and
-the places are added up; gradients of rows read through an index are written in the order of the rows, and added up per
+Backward: `PROGRAMS` tiles at a time. Gradients of parameters are summed in a place per program, and the places are
+added up; gradients of rows read through an index are written in the order of the rows, and added up per
 row of the table by `segment_reduce`, through the sorted index. No float atomics: every order of summation depends on
 the sizes alone.
 """
@@ -17,15 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from scalegmn_fast.reference.row_program import LOADS, REDUCTIONS, result_dtype, sections
+from scalegmn_fast.reference.row_program import result_dtype, sections
 
 from . import row_source
-from .row_source import Operand, Request, Unsupported
+from .row_source import Operand, Request, UnsupportedError
 from .segment_reduce import segment_reduce
 from .tiles import launch_options
 
 REDUCES = ("none", "sum")
-PROGRAMS = 132
+PROGRAMS = 264
 MERGE_LANES, MERGE_COLS, MERGE_WARPS = 16, 128, 4
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
@@ -50,11 +50,9 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile_of(direction, width, low_precision):
+def tile_of(width, low_precision):
     """The launch configuration of a section whose widest tile has `width` columns."""
-    if direction == "forward":
-        return Tile(64, 8) if low_precision else Tile(32, 8)
-    return Tile(32, 8)
+    return Tile(64 if low_precision and width <= 128 else 32, 8)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -122,7 +120,7 @@ def plan(code, constants, count, operands, indices, wanted, precision):
     """A `Section` per section of a program of `count` sections, None for one without outputs.
 
     operands: (dtype, shape) per tensor, the rows of tables None; indices: dtypes; wanted: whether each tensor's
-    gradient is, or None for the forward kernels. Raises `Unsupported`.
+    gradient is, or None for the forward kernels. Raises `UnsupportedError`.
     """
     acc = "tl.float64" if any(dtype == torch.float64 for dtype, _ in operands) else "tl.float32"
     result = TYPES[result_dtype([torch.empty(0, dtype=dtype) for dtype, _ in operands], code, count)]
@@ -130,7 +128,7 @@ def plan(code, constants, count, operands, indices, wanted, precision):
     found = []
     for section in sections([0] * (count + 1), code, constants):
         if section.reduction not in REDUCES:
-            raise Unsupported(f"it reduces by {section.reduction}")
+            raise UnsupportedError(f"it reduces by {section.reduction}")
         steps, written, reduced = _without_unused(section)
         if not steps:
             found.append(None)
@@ -139,7 +137,7 @@ def plan(code, constants, count, operands, indices, wanted, precision):
         used = sorted({step.index for step in steps if step.index >= 0})
         parts = row_source.partitions(steps, shapes)
         low = all(operands[step.t0][0].itemsize == 2 for step in steps if step.op == "linear")
-        tile = tile_of("forward" if wanted is None else "backward", max(map(row_source.columns, parts)), low)
+        tile = tile_of(max(map(row_source.columns, parts)), low)
         request = Request(
             steps, written, reduced,
             tuple(Operand(t, TYPES[operands[t][0]], shapes[t]) for t in numbers),
@@ -151,7 +149,7 @@ def plan(code, constants, count, operands, indices, wanted, precision):
         widths = [sum(parts[k]) if k >= 0 else 0 for k in (reduced, written)]
         found.append(Section(request, source, tile, *widths))
     if len({section.reduced >= 0 for section in map(_request, found) if section}) > 1:
-        raise Unsupported("some of its sections reduce and others do not")
+        raise UnsupportedError("some of its sections reduce and others do not")
     return tuple(found)
 
 
@@ -175,15 +173,15 @@ def why_not(tensors, indices, bounds, code, constants):
     """Why these kernels do not run a program; None if they do."""
     try:
         _plan(tensors, indices, bounds, code, constants)
-    except Unsupported as error:
+    except UnsupportedError as error:
         return str(error)
     return None
 
 
 def _launch(section, programs, named):
     arguments = [named[name] for name, _ in section.source.arguments]
-    kernel = row_source.compiled(section.source)
-    kernel[(programs,)](*arguments, **launch_options(section.tile.warps), num_stages=1)
+    for kernel in row_source.compiled(section.source):
+        kernel[(programs,)](*arguments, **launch_options(section.tile.warps), num_stages=1)
 
 
 def _named(tensors, indices, ptr, seed):
@@ -206,7 +204,7 @@ def row_program(tensors, indices, bounds, code, constants, ptr, seed):
     """Device implementation of the op `scalegmn_fast::row_program`.
 
     Args: the op's. Returns what is reduced [S, d], rows [R', d'], and two empty tensors. Computes in float32, in
-    float64 if a tensor is; products in the type of their weight, added up in that. Raises `Unsupported` (`why_not`).
+    float64 if a tensor is; products in the type of their weight, added up in that. Raises `UnsupportedError` (`why_not`).
     Does not wait for the device, and does not look at indices and segments, which have to be in range.
     """
     planned = _plan(tensors, indices, bounds, code, constants)
@@ -216,8 +214,9 @@ def row_program(tensors, indices, bounds, code, constants, ptr, seed):
     named = _named(tensors, indices, ptr, seed)
     reduced_width = max((section.reduced_width for section in planned if section), default=0)
     written_width = max((section.written_width for section in planned if section), default=0)
-    rows = max((end for section, end in zip(planned, bounds[1:], strict=True) if section and section.written_width), default=0)
-    # Segments without rows are 0, and so are rows of sections that come without steps.
+    ends = zip(planned, bounds[1:], strict=True)
+    rows = max((end for section, end in ends if section and section.written_width), default=0)
+    # Segments without rows are 0.
     reduced = like.new_zeros((ptr.numel() - 1 if reduced_width else 0, reduced_width), dtype=dtype)
     named |= {"rows_out": like.new_empty((rows, written_width), dtype=dtype), "reduced": reduced}
     counts = [
@@ -244,7 +243,7 @@ def row_program(tensors, indices, bounds, code, constants, ptr, seed):
 
 
 class _Gradients:
-    """The gradients of a program's tensors, in parts: of parameters, of tables' rows by number, and through an index."""
+    """The gradients of a program's tensors in parts: of parameters, of tables' rows by number and through an index."""
 
     def __init__(self, tensors, indices, bounds, planned, wide):
         self.tensors, self.indices, self.bounds, self.planned, self.wide = tensors, indices, bounds, planned, wide
@@ -354,11 +353,11 @@ def row_program_backward(
             programs = min(PROGRAMS, triton.cdiv(end - begin, section.tile.rows))
             slots = like.new_empty((programs, source.slot_size), dtype=wide)
             saved = like.new_empty((programs, source.saved_size), dtype=wide)
-            _launch(
-                section, programs,
-                named | gradients.named(section, begin)
-                | {"slots": slots, "saved_tiles": saved, "begin": begin, "end": end},
-            )  # fmt: skip
+            here = named | gradients.named(section, begin) | {"begin": begin, "end": end}
+            here |= {"slots": slots, "saved_tiles": saved}
+            tiles = triton.cdiv(end - begin, section.tile.rows)
+            for first in range(0, tiles, PROGRAMS):
+                _launch(section, min(PROGRAMS, tiles - first), here | {"first_tile": first})
             if source.slot_size:
                 gradients.add_parameters(section, slots)
         return gradients.result(wanted)

@@ -3,10 +3,11 @@
 A step's rows are tiles of at most MAX_COLS columns ("parts") in registers: wider loads and concatenations are several
 of them side by side. The forward kernel runs the steps in order on one tile of rows per program.
 
-The backward kernel runs its tiles in a loop, so that a program adds the gradients of parameters into a place of its own
-(`slots`). For each tile it first keeps the results of the linear steps that derivatives depend on (`saved`, a place per
-program), then goes through the steps in reverse and computes everything else again from those where it is read: tables
-are read again, norms and activations cost less than the registers that would hold them.
+Backward is a chain of kernels ("stages") that run on the same tiles. The first keeps the results of the linear steps
+that derivatives depend on (`saved`, a place per tile). Then the steps come in reverse: a stage is a linear step and what
+comes before it up to the next one, and gradients pass from stage to stage in `saved`. Everything else is computed again
+from there where it is read. One kernel for all of it would need many times the registers that there are. Gradients of
+parameters are added up in a place per tile (`slots`), which the tiles of later launches use again.
 """
 
 import dataclasses
@@ -23,9 +24,9 @@ from . import row_steps
 from .activations import activate, activation_derivative
 from .tiles import next_power_of_2
 
-MAX_COLS = int(__import__("os").environ.get("MC","128"))
+MAX_COLS = 128
 MIN_COLS = 16  # of a product's operand
-MAX_WIDTH = 512
+MAX_WIDTH = 1024
 
 HEADER = "@triton.jit(do_not_specialize=['begin', 'end', 'segments', 'steps', 'first_tile'])"
 
@@ -61,12 +62,19 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A kernel's text. arguments: (name, type) in order; parameters: (tensor, offset, size) in a program's place of
-    `slots`, slot_size numbers in all; saved_size: numbers of a program's place of `saved`; direct: tensors whose
-    gradients' rows are written by number, and how often; gathered: (tensor, index) whose gradients' rows are written in order."""
+    """The text of kernels that run in turn.
+
+    Attributes:
+        arguments: (name, type) in order, of each kernel.
+        parameters: (tensor, offset, size) in a program's place of `slots`, of slot_size numbers in all.
+        saved_size: numbers of a program's place of `saved`.
+        direct: (tensor, how often): tables whose gradients' rows are written by number.
+        gathered: (tensor, index): tables whose gradients' rows are written in the order of the rows.
+    """
 
     text: str
     arguments: tuple
+    kernels: tuple
     parameters: tuple = ()
     slot_size: int = 0
     saved_size: int = 0
@@ -74,7 +82,7 @@ class Source:
     gathered: tuple = ()
 
 
-class Unsupported(ValueError):
+class UnsupportedError(ValueError):
     """A program that these kernels do not run; the message says why."""
 
 
@@ -95,7 +103,7 @@ def columns(parts):
 def partitions(steps, shapes):
     """The widths of the parts of each step's rows; shapes: {tensor: width of its rows, or shape of a weight}.
 
-    Raises `Unsupported` for what the kernels do not run.
+    Raises `UnsupportedError` for what the kernels do not run.
     """
     found = []
     for number, step in enumerate(steps):
@@ -106,13 +114,13 @@ def partitions(steps, shapes):
         elif step.op == "concat":
             parts = found[step.a] + found[step.b]
         elif step.op == "head_dot":
-            raise Unsupported("it has attention")
+            raise UnsupportedError("it has attention")
         else:
             parts = found[step.a]
             if step.op in ("add", "mul") and found[step.b] != parts:
-                raise Unsupported(f"step {number} joins rows of parts {found[step.a]} and {found[step.b]}")
+                raise UnsupportedError(f"step {number} joins rows of parts {found[step.a]} and {found[step.b]}")
         if sum(parts) > MAX_WIDTH:
-            raise Unsupported(f"step {number} has rows of width {sum(parts)}, of {MAX_WIDTH} at most")
+            raise UnsupportedError(f"step {number} has rows of width {sum(parts)}, of {MAX_WIDTH} at most")
         found.append(parts)
     return found
 
@@ -301,7 +309,7 @@ class _Writer:
                 return self.dropout(a, number, step)
             case "concat":
                 return a + get(step.b)
-        raise Unsupported(f"step {number} is {step.op}")
+        raise UnsupportedError(f"step {number} is {step.op}")
 
     # -- the whole
 
@@ -316,11 +324,11 @@ class _Writer:
         if "segment" in names:
             found.append("segment = segments_of(ptr, row, end, segments, steps)")
         if "fresh" in names:
-            found.append("fresh = tile == first")
+            found.append("fresh = first_tile == 0")
         if "kept_tiles" in names:
-            found.append(f"kept_tiles = saved_tiles + first.to(tl.int64) * {self.saved_size}")
+            found.append(f"kept_tiles = saved_tiles + first * {self.saved_size}")
         if "slot" in names:
-            found.append(f"slot = slots + first.to(tl.int64) * {self.slot_size}")
+            found.append(f"slot = slots + first * {self.slot_size}")
         return found
 
     def inputs(self):
@@ -384,7 +392,7 @@ def forward_source(request):
     names = ", ".join(name for name, _ in arguments)
     lines = ["tile = tl.program_id(0).to(tl.int64)", *writer.prologue(writer.lines), *writer.lines]
     text = [_precision(request), HEADER, f"def forward_kernel({names}):", *("    " + line for line in lines)]
-    return Source("\n".join(text) + "\n", arguments)
+    return Source("\n".join(text) + "\n", arguments, ("forward_kernel",))
 
 
 def _short(acc):
@@ -479,7 +487,7 @@ class _Backward(_Writer):
         if first:
             self.parameters[tensor] = (self.slot_size, size)
             self.slot_size += size
-        return f"slot + {self.parameters[tensor][0]}", "fresh" if first else "tile < first"
+        return f"slot + {self.parameters[tensor][0]}", "fresh" if first else "first_tile < 0"
 
     def give_vector(self, tensor, number, grads):
         if tensor not in self.wanted:
@@ -656,11 +664,11 @@ class _Backward(_Writer):
 
 @functools.lru_cache(maxsize=1024)
 def backward_source(request):
-    """`Source` of a section's backward kernel.
+    """`Source` of a section's backward kernels.
 
     Arguments after the inputs: grad_rows and grad_reduced, as far as they matter; d<tensor>: rows of the gradient of a
-    table, by number; s<tensor>_<index>: rows [end - begin, d] of the gradient of what an index reads; kept_tiles and
-    slots, a place per program; begin, end; segments, steps.
+    table, by number; s<tensor>_<index>: rows [end - begin, d] of the gradient of what an index reads; saved_tiles and
+    slots, a place per program; begin, end; segments, steps; first_tile, program 0's tile: 0 in the first launch.
     """
     writer = _Backward(request)
     stages = []
@@ -691,19 +699,17 @@ def backward_source(request):
     if writer.parameters:
         outputs.append(("slots", "*" + acc))
     arguments = (*writer.inputs(), *outputs, *writer.scalars())
+    arguments += (("first_tile", "i64"),)
     names = ", ".join(name for name, _ in arguments)
-    text = [f"PRECISION = tl.constexpr({request.precision!r})\n"]
+    text = [_precision(request)]
     for k, lines in enumerate(stages):
-        text += ["\n@triton.jit(noinline=True)", f"def stage{k}({names}, tile, first):"]
+        text += ["\n" + HEADER, f"def stage{k}_kernel({names}):", "    first = tl.program_id(0).to(tl.int64)"]
+        text += ["    tile = first_tile + first"]
         text += ["    " + line for line in writer.prologue(lines)] + ["    " + line for line in lines]
-    text += ["\n" + HEADER, f"def backward_kernel({names}):", "    first = tl.program_id(0).to(tl.int64)"]
-    text.append(f"    tiles = (end - begin + {request.block - 1}) // {request.block}")
-    text.append("    for tile in tl.range(first, tiles, tl.num_programs(0), num_stages=1, disable_licm=True):")
-    for k in range(len(stages)):
-        text += [f"        stage{k}({names}, tile, first)", "        tl.debug_barrier()"]
     return Source(
         "\n".join(text) + "\n",
         arguments,
+        tuple(f"stage{k}_kernel" for k in range(len(stages))),
         tuple((tensor, *place) for tensor, place in writer.parameters.items()),
         writer.slot_size,
         writer.saved_size,
@@ -714,8 +720,7 @@ def backward_source(request):
 
 @functools.lru_cache(maxsize=1024)
 def compiled(source):
-    """The kernel of a `Source`, as `triton.jit` gives it."""
-    name = "forward_kernel" if "def forward_kernel" in source.text else "backward_kernel"
+    """The kernels of a `Source`, as `triton.jit` gives them."""
     file = f"<row program {len(linecache.cache)}>"
     # Where Triton, which parses the text of functions, looks for it.
     linecache.cache[file] = (len(source.text), None, source.text.splitlines(True), file)
@@ -723,4 +728,4 @@ def compiled(source):
     namespace |= {key: value for key, value in vars(row_steps).items() if isinstance(value, type(activate))}
     namespace["__name__"] = "scalegmn_fast.kernels.row_program_generated"
     exec(compile(source.text, file, "exec"), namespace)
-    return namespace[name]
+    return tuple(namespace[name] for name in source.kernels)

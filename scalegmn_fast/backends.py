@@ -24,8 +24,11 @@ VARIABLE = "SCALEGMN_FAST_BACKEND"
 OPS = {
     "symmetrize": ("cpp", "triton", "cuda"),
     "segment_reduce": ("cpp", "triton", "cuda"),
-    "row_program": ("cpp", "cuda"),
+    "row_program": ("cpp", "triton", "cuda"),
 }
+# Reductions that a backend's row programs do not have.
+LACKS = {"triton": ("statistics", "attention")}
+
 DTYPES = {
     "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cpp": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -33,7 +36,8 @@ DTYPES = {
     "cuda": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
 }
 # What `auto` tries in turn for tensors of a device.
-PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+PREFERENCE = {op: {"cpu": ("cpp",), "cuda": ("triton", "cuda")} for op in OPS}
+PREFERENCE["row_program"]["cuda"] = ("cuda", "triton")  # Triton's are not measured yet
 
 _active: list[str] = []
 _warned: set[str] = set()
@@ -150,27 +154,38 @@ def why_not(name: str, op: str, tensor: Tensor) -> str | None:
     return None
 
 
-def serves(name: str, op: str, tensor: Tensor) -> bool:
-    """Whether calls of `op` on tensors like this one would go to the backend `name`; never warns or raises."""
-    chosen = active()
-    return chosen in (name, "auto") and why_not(name, op, tensor) is None
+def fuses(tensor: Tensor, reduction: str = "sum") -> bool:
+    """Whether models run tensors like this one as row programs with this reduction; never warns or raises.
+
+    With "triton" chosen they do so on a GPU; "auto" does on the CPU alone, where it is measured to be faster.
+    """
+    name = "cpp" if active() == "auto" else active()
+    if name not in ("cpp", "triton") or reduction in LACKS.get(name, ()):
+        return False
+    return why_not(name, "row_program", tensor) is None
 
 
-def resolve(op: str, tensor: Tensor) -> str:
+def _no_limits(name: str) -> str | None:
+    return None
+
+
+def resolve(op: str, tensor: Tensor, limits: Callable[[str], str | None] = _no_limits) -> str:
     """The backend that serves a call of `op` on tensors of this device and dtype.
 
+    Args:
+        limits: gives why the backend of a name cannot serve this call for other reasons than these; None if it can.
     Raises:
         BackendError: an explicit choice cannot serve the call.
     """
     name = active()
     if name != "auto":
-        reason = why_not(name, op, tensor)
+        reason = why_not(name, op, tensor) or limits(name)
         if reason is not None:
             raise BackendError(f"backend {name!r} cannot serve {op}: {reason}")
         return name
     reasons = []
-    for candidate in PREFERENCE.get(tensor.device.type, ()):
-        reason = why_not(candidate, op, tensor)
+    for candidate in PREFERENCE[op].get(tensor.device.type, ()):
+        reason = why_not(candidate, op, tensor) or limits(candidate)
         if reason is None:
             return candidate
         reasons.append(f"{candidate}: {reason}")
@@ -181,13 +196,16 @@ def resolve(op: str, tensor: Tensor) -> str:
     return "reference"
 
 
-def implementation(op: str, direction: str, tensor: Tensor) -> Callable:
+def implementation(
+    op: str, direction: str, tensor: Tensor, limits: Callable[[str], str | None] = _no_limits
+) -> Callable:
     """The function with the signature of the op's schema that serves tensors like this one.
 
     Args:
-        op: the op's stem; direction: "forward" or "backward"; tensor: decides by its device and dtype.
+        op: the op's stem; direction: "forward" or "backward"; tensor: decides by its device and dtype;
+            limits: as in `resolve`.
     """
-    name = resolve(op, tensor)
+    name = resolve(op, tensor, limits)
     entry = op if direction == "forward" else f"{op}_backward"
     if name == "reference":
         return getattr(importlib.import_module(f"scalegmn_fast.reference.{op}"), f"{op}_{direction}")

@@ -39,7 +39,7 @@ def build_info() -> dict[str, Any]:
         auto[op] = {}
         for device in devices:
             sample = torch.empty(0, device=device)
-            served = (name for name in backends.PREFERENCE[device] if backends.why_not(name, op, sample) is None)
+            served = (name for name in backends.PREFERENCE[op][device] if backends.why_not(name, op, sample) is None)
             auto[op][device] = next(served, "reference")
     return {
         "version": __version__,

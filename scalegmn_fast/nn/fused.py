@@ -22,7 +22,7 @@ CLASS_NAMES = ("last", "hidden", "first")
 
 def serves(module: PlannedModule, x: Tensor) -> bool:
     """Whether an engine of `row_program` runs the module on tensors like x."""
-    return module.work == WorkPlan() and backends.serves("cpp", "row_program", x)
+    return module.work == WorkPlan() and backends.fuses(x)
 
 
 def _sections(program: RowProgram, classes: RowClasses, cut: int) -> Iterator[tuple[SectionWriter, dict, bool]]:

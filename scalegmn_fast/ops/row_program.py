@@ -7,6 +7,8 @@ steps never leaves the cache.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,23 @@ def _given(indices: list[Tensor], bounds: list[int]) -> list[Tensor]:
     return [] if len(indices) == 1 and indices[0].shape[0] == 0 < bounds[-1] else indices
 
 
+def _limits(tensors, indices, bounds, code, constants):
+    """Gives why a backend cannot run a program, by the backend's name."""
+
+    def reason(name):
+        if name != "triton":
+            return None
+        if any(tensor.dtype == torch.float64 for tensor in tensors):
+            return "it does not take torch.float64"
+        kernels = importlib.import_module("scalegmn_fast.kernels.row_program")
+        return kernels.why_not(tensors, indices, bounds, code, constants)
+
+    return reason
+
+
 def _forward(tensors, indices, bounds, code, constants, ptr, seed):
-    kernel = backends.implementation("row_program", "forward", tensors[0])
+    limits = _limits(tensors, indices, bounds, code, constants)
+    kernel = backends.implementation("row_program", "forward", tensors[0], limits)
     return kernel(tensors, _given(indices, bounds), bounds, code, constants, ptr, seed)
 
 
@@ -63,7 +80,8 @@ def _forward_fake(tensors, indices, bounds, code, constants, ptr, seed):
 def _backward(
     grad_reduced, grad_rows, reduced, kept, extremes, tensors, indices, bounds, code, constants, ptr, seed, wanted
 ):
-    kernel = backends.implementation("row_program", "backward", tensors[0])
+    limits = _limits(tensors, indices, bounds, code, constants)
+    kernel = backends.implementation("row_program", "backward", tensors[0], limits)
     given = _given(indices, bounds)
     return kernel(
         grad_reduced, grad_rows, reduced, kept, extremes, tensors, given, bounds, code, constants, ptr, seed, wanted
