@@ -204,7 +204,8 @@ def row_program(tensors, indices, bounds, code, constants, ptr, seed):
     """Device implementation of the op `scalegmn_fast::row_program`.
 
     Args: the op's. Returns what is reduced [S, d], rows [R', d'], and two empty tensors. Computes in float32, in
-    float64 if a tensor is; products in the type of their weight, added up in that. Raises `UnsupportedError` (`why_not`).
+    float64 if a tensor is; products in the type of their weight, added up in that.
+    Raises `UnsupportedError` (`why_not`).
     Does not wait for the device, and does not look at indices and segments, which have to be in range.
     """
     planned = _plan(tensors, indices, bounds, code, constants)

@@ -232,11 +232,12 @@ def attention(
     return attended, PairFeatures(rows) if written else features
 
 
-# -- chains of layers ---------------------------------------------------------------------------------------------------
+# -- chains of layers --------------------------------------------------------------------------------------------------
 
 
 def chain(modules, rows: Tensor, index: Tensor | None = None) -> Tensor:
-    """A chain of `FourierFeatures`, Linear, SiLU and ReLU modules on rows [R, d], or on those that int64 ``index`` names.
+    """A chain of `FourierFeatures`, Linear, SiLU and ReLU modules on rows [R, d], or on those that int64
+    ``index`` names.
 
     Fused, nothing between them is written.
     """

@@ -117,7 +117,7 @@ class PnaConv(nn.Module):
 
         Args:
             x: [N, d_in]; state: of the messages into these rows, or of more.
-            writes: of so many edges, into the first of these rows, the result holds the features after their updates and
+            writes: of so many edges, into the first rows, the result holds the features after their updates and
                 ``head`` (modules as for `fused_neural_graphs.chain`); 0: it is what was given.
         """
         rows = x.shape[0] if rows is None else rows
@@ -162,7 +162,7 @@ class PnaConv(nn.Module):
         return self.lin(self._combined(x[:rows], parts, scales)), EdgeState(written) if writes else state
 
     def _combined(self, own: Tensor, parts: list[Tensor], scales: list[Tensor | None]) -> Tensor:
-        """``post_nn`` of [own, parts times each scale]: its first map runs on each part, so that rows of all never exist."""
+        """``post_nn`` of [own, parts times each scale]: its first map runs on each part."""
         first, *others = self.post_nns[0]
         weights = first.weight.split(self.width, dim=1)
         out = F.linear(own, weights[0], first.bias)

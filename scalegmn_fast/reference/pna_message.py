@@ -64,7 +64,7 @@ def degree_scales(
 
 
 def aggregate_statistics(statistics: Tensor, degree: Tensor, aggregators: Sequence[str]) -> list[Tensor]:
-    """The aggregators' results, [R, F] each, from mean, variance, minimum and maximum, [R, 4 * F], and in-degrees [R]."""
+    """The aggregators' results, [R, F] each, from mean, variance, minimum, maximum [R, 4 * F] and in-degrees [R]."""
     mean, var, least, largest = statistics.chunk(4, dim=1)
     found = []
     for name in aggregators:

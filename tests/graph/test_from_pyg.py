@@ -152,7 +152,11 @@ def flipped(mask, node):
             TypeError,
             "edge_index must be of an integer type, got float32",
         ),
-        (lambda g: {"edge_attr": g["edge_attr"][1:]}, ValueError, "batch.edge_attr must have .* rows, one per edge, got"),
+        (
+            lambda g: {"edge_attr": g["edge_attr"][1:]},
+            ValueError,
+            "batch.edge_attr must have .* rows, one per edge, got",
+        ),
         (
             lambda g: {"edge_attr": g["edge_attr"].long()},
             TypeError,
