@@ -55,8 +55,8 @@ def test_a_wrong_backend_is_caught(op, direction, monkeypatch, capsys):
     """One element of one op's result is off by two hundredths."""
     right = backends.implementation
 
-    def planted(name, way, tensor):
-        function = right(name, way, tensor)
+    def planted(name, way, tensor, *limits):
+        function = right(name, way, tensor, *limits)
         if (name, way) != (op, direction):
             return function
 

@@ -162,7 +162,7 @@ def embed_shards(
     job = _Job(model.to(device), statistics, state, checkpoint, manifest, folder, torch.device(device))
     backend_block = scalegmn_fast.backend(backend) if backend else contextlib.nullcontext()
     bar = progress(unit=" networks", disable=not show_progress or rank > 0)
-    with bar, backend_block, deterministic(), torch.inference_mode():
+    with bar, backend_block, deterministic(), torch.no_grad():
         for place, (number, shard) in enumerate(own):
             bar.set_postfix_str(f"shard {place + 1} of {len(own)}")
             try:
