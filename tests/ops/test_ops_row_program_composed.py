@@ -32,9 +32,9 @@ def composed(chunk_rows=0):
     assert backends.compiled_module()[0] is not None
     native = torch.ops.scalegmn_fast_native
 
-    def implementation(op, direction, tensor):
+    def implementation(op, direction, tensor, *limits):
         if op != "row_program":
-            return chosen(op, direction, tensor)
+            return chosen(op, direction, tensor, *limits)
         kernel = native.row_program_composed if direction == "forward" else native.row_program_composed_backward
         return lambda *arguments: kernel(*arguments, chunk_rows)
 
