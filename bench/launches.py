@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 from bench import harness, selection
 from bench.training import Problem
 from scalegmn_fast import backend
@@ -35,7 +37,7 @@ PATHS = {
 
 
 def forward_backward(name: str, batch: int, path: str) -> Dispatched:
-    """What forward, loss and backward of a published configuration run on ``meta``, in the second of two steps."""
+    """What forward, loss and backward of a published configuration run on ``meta``, where a batch like it ran before."""
     work, inside = PATHS[path]
     config = published_config(name)
     problem, model = Problem(config, batch).to("meta"), from_config(config).to("meta").train()
@@ -43,7 +45,8 @@ def forward_backward(name: str, batch: int, path: str) -> Dispatched:
     graph = problem.graph()
     # on `meta` no engine has to be there for row programs to be written
     with backend("reference"), mock.patch("scalegmn_fast.backends.serves", lambda *_: True):
-        problem.loss(model(graph)).backward()  # what a plan of work keeps is made
+        with torch.no_grad():
+            model(graph)  # what the graph's plan keeps is made
         with Dispatched(inside) as found:
             problem.loss(model(graph)).backward()
     return found

@@ -7,11 +7,12 @@ import time
 import pytest
 import torch
 
-from bench import gpu, harness, isolated, report
+from bench import gpu, harness, isolated, ops, report
 from scalegmn_fast.models import published_config, published_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not exactly equivariant")
 NAME = "mnist_cls/scalegmn"
+CEILING = {"benchmark": "ceilings", "op": "gemm", "rate": 2e12}
 
 
 class Recorder:
@@ -118,10 +119,17 @@ def test_every_configuration_is_measured_before_the_next_size_and_type():
     assert all(row[1] == published_config(row[0])["batch_size"] for row in found[20:40])
 
 
-def test_ops_and_what_the_sanitizer_runs(place):
-    place.write({"benchmark": "ceilings", "op": "copy", "rate": 1e9})
-    assert gpu.measure_ops(place, count=64, widths=(8,), seconds=0) == "16 rows"
-    assert {row["backend"] for row in rows(place, "ops")} == {"reference", "cpp"}
+def test_ops_are_measured_on_what_serves_them_and_the_rest_is_said(place, monkeypatch, capsys):
+    monkeypatch.setitem(ops.BACKENDS, "cpu", ["reference", "cpp", "triton"])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    place.write({"benchmark": "ceilings", "op": "copy", "rate": 1e9}, {**CEILING, "dtype": "float32"})
+    said = gpu.measure_ops(place, count=64, widths=(8,), seconds=0)
+    found = rows(place, "ops")
+    assert said == f"{len(found)} rows" and {row["backend"] for row in found} == {"reference", "cpp"}
+    assert "symmetrize normalize not on triton: it serves CUDA tensors" in capsys.readouterr().out
+
+
+def test_what_the_sanitizer_runs(place):
     assert gpu.sanitize(place) == "48 calls, forward and backward"
 
 
@@ -132,7 +140,7 @@ def sample(place, dtype="float32", batch=16):
              {"original / ours": 10.0, "original / graph": 40.0}.items()}  # fmt: skip
     place.write(
         {"benchmark": "ceilings", "op": "copy", "rate": 4e12},
-        {"benchmark": "ceilings", "op": "gemm", "dtype": dtype, "rate": 2e12},
+        {**CEILING, "dtype": dtype},
         {"benchmark": "steps", "config": NAME, "batch": batch, "dtype": dtype, "times": times, "ratios": ratio,
          "failures": {}, "bytes": {"original": 3_000_000, "ours": 200_000}, "step_flops": 10**9, "launches": 321},
         {"benchmark": "steps", "config": "cifar10/scalegmn_hetero", "batch": batch, "dtype": dtype,
