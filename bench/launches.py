@@ -37,7 +37,7 @@ PATHS = {
 
 
 def forward_backward(name: str, batch: int, path: str) -> Dispatched:
-    """What forward, loss and backward of a published configuration run on ``meta``, where a batch like it ran before."""
+    """What forward, loss and backward of a published configuration run on ``meta``, after a first forward."""
     work, inside = PATHS[path]
     config = published_config(name)
     problem, model = Problem(config, batch).to("meta"), from_config(config).to("meta").train()
