@@ -1,7 +1,9 @@
 """Every kernel in every launch configuration, compiled ahead of time for named architectures. Needs no GPU.
 
 `configurations` lists each kernel in each tile that the launchers of this package choose, `variants` the other types,
-alignments and options; `compile_all` compiles them, `usage` reads what one needs out of its machine code.
+alignments and options; `compile_all` compiles them, `usage` reads what one needs out of its machine code. Kernels of
+row programs are generated: `row_section` writes a message with its edge update, the largest section of a round, and
+`compile_section` compiles its kernels.
 """
 
 import concurrent.futures
@@ -12,12 +14,15 @@ import re
 import subprocess
 import tempfile
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import segment_reduce, symmetrize
+from scalegmn_fast.ops.row_program import RowProgram
+
+from . import row_program, row_source, segment_reduce, symmetrize
 from .activations import ACTIVATIONS
 from .tiles import LAYER_NORM_EPS, MAX_WIDTH, MIN_COLS, row_tile
 
@@ -196,6 +201,45 @@ def compile_build(build, architecture):
     options = {name: value for name, value in build.constants if name in OPTIONS}
     kernel = triton.compile(_source(build), target=GPUTarget("cuda", architecture, 32), options=options)
     return Compiled(dict(kernel.asm), kernel.metadata.shared, kernel.metadata.num_warps)
+
+
+def row_section(direction, width, dtype, precision):
+    """The `row_program.Section` of a message and edge update as `mnist_cls/scalegmn` has them.
+
+    direction: "forward" or "backward"; dtype: torch.float32 or torch.bfloat16, of tables and weights; precision: of
+    float32 products.
+    """
+    matrix = torch.empty(width, width, dtype=dtype)
+    vector = torch.empty(width)
+    source, target = torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    table, maps, vectors = (lambda: matrix[:1].clone()), (lambda: matrix.clone()), (lambda: vector.clone())
+    program = RowProgram()
+    section = program.section(1)
+    e = section.load(table())
+    m = section.load_mul(section.linear(e, maps()), table(), source)
+    h = section.symmetrize(section.linear(m, maps()), vectors(), vectors(), vectors(), "silu", 1.0)
+    h = section.norm_act(section.linear(h, maps(), vectors()), vectors(), vectors(), "silu", 1.0)
+    section.add_up(section.mul(section.linear(m, maps()), section.linear(h, maps(), vectors())))
+    ends = section.load_add(section.load(table(), source), table(), target)
+    gate = section.linear(section.norm_act(ends, vectors(), vectors(), "silu", 1.0), maps(), vectors())
+    section.write(section.mul(section.linear(e, maps()), gate))
+    tensors, indices, bounds, code, constants, *_ = program.arguments(torch.tensor([0, 1]))
+    wanted = None if direction == "forward" else [True] * len(tensors)
+    return row_program.plan_of(tensors, indices, bounds, code, constants, wanted, precision)[0]
+
+
+def compile_section(section, architecture):
+    """The `Compiled` forms of a section's kernels, in the order in which they run."""
+    signature = dict(section.source.arguments)
+    pointers = [k for k, (_, dtype) in enumerate(section.source.arguments) if dtype.startswith("*")]
+    attributes = {(k,): [["tt.divisibility", 16]] for k in pointers}
+    options = row_program.options(section)
+    found = []
+    for function in row_source.compiled(section.source):
+        source = ASTSource(function, signature, {}, attributes)
+        kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        found.append(Compiled(dict(kernel.asm), kernel.metadata.shared, kernel.metadata.num_warps))
+    return found
 
 
 def _from_scratch(folder):

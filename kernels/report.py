@@ -1,7 +1,8 @@
 """What every kernel needs on every architecture: registers, spills, shared memory. Needs no GPU.
 
 `python -m scalegmn_fast.kernels.report` prints the tables; `--output FILE` writes them to a file instead, as the page
-docs/kernels-aot.md was; `--jobs N` compiles N at a time.
+docs/kernels-aot.md was; `--jobs N` compiles N at a time. `--row-programs` prints the table of row programs
+in docs/gpu-engine.md.
 """
 
 import argparse
@@ -10,9 +11,22 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import triton
 
-from .compile import ARCHITECTURES, SHARED_MEMORY, compile_all, configurations, usage, variants
+from .compile import (
+    ARCHITECTURES,
+    SHARED_MEMORY,
+    compile_all,
+    compile_section,
+    configurations,
+    row_section,
+    usage,
+    variants,
+)
+
+ROW_CASES = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"))
+ROW_WIDTHS = (64, 128)
 
 INTRODUCTION = """# Triton kernels, compiled ahead of time
 
@@ -66,12 +80,30 @@ def page(jobs):
     )
 
 
+def row_table():
+    """A Markdown table of the kernels of a message with its edge update: the most that one of them needs."""
+    lines = ["| kernels | products | width | rows x warps | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |"]
+    lines.append("| --- " * (4 + len(ARCHITECTURES)) + "|")
+    for direction, (dtype, precision), width in itertools.product(("forward", "backward"), ROW_CASES, ROW_WIDTHS):
+        section = row_section(direction, width, dtype, precision)
+        name = "bf16" if dtype == torch.bfloat16 else precision
+        cells = [f"{direction}, {len(section.source.kernels)}", name, str(width)]
+        cells.append(f"{section.tile.rows} x {section.tile.warps}")
+        for architecture in ARCHITECTURES:
+            used = [usage(kernel) for kernel in compile_section(section, architecture)]
+            shared, spills = max(u.shared for u in used), [u.spills for u in used]
+            cells.append(f"{shared // 1024} KB, {max(spills)} B in {sum(spill > 0 for spill in spills)}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m scalegmn_fast.kernels.report", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, help="write the page to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="builds at a time (default: all cores)")
+    parser.add_argument("--row-programs", action="store_true", help="the table of row programs instead")
     arguments = parser.parse_args()
-    text = page(arguments.jobs)
+    text = row_table() if arguments.row_programs else page(arguments.jobs)
     if arguments.output is None:
         sys.stdout.write(text)
     else:

@@ -157,7 +157,8 @@ def _request(section):
     return None if section is None else section.request
 
 
-def _plan(tensors, indices, bounds, code, constants, wanted=None):
+def plan_of(tensors, indices, bounds, code, constants, wanted=None, precision=None):
+    """`plan` for the op's arguments; precision: `dot_precision` if None."""
     code, count = tuple(code), len(bounds) - 1
     weights = _weights(code, count)
     operands = tuple(
@@ -166,22 +167,27 @@ def _plan(tensors, indices, bounds, code, constants, wanted=None):
     )
     dtypes = tuple(index.dtype for index in indices)
     wanted = None if wanted is None else tuple(wanted)
-    return plan(code, tuple(constants), count, operands, dtypes, wanted, dot_precision())
+    return plan(code, tuple(constants), count, operands, dtypes, wanted, precision or dot_precision())
 
 
 def why_not(tensors, indices, bounds, code, constants):
     """Why these kernels do not run a program; None if they do."""
     try:
-        _plan(tensors, indices, bounds, code, constants)
+        plan_of(tensors, indices, bounds, code, constants)
     except UnsupportedError as error:
         return str(error)
     return None
 
 
+def options(section):
+    """The compiler's options of a section's kernels. One stage: more would not fit into shared memory."""
+    return {**launch_options(section.tile.warps), "num_stages": 1}
+
+
 def _launch(section, programs, named):
     arguments = [named[name] for name, _ in section.source.arguments]
     for kernel in row_source.compiled(section.source):
-        kernel[(programs,)](*arguments, **launch_options(section.tile.warps), num_stages=1)
+        kernel[(programs,)](*arguments, **options(section))
 
 
 def _named(tensors, indices, ptr, seed):
@@ -204,11 +210,10 @@ def row_program(tensors, indices, bounds, code, constants, ptr, seed):
     """Device implementation of the op `scalegmn_fast::row_program`.
 
     Args: the op's. Returns what is reduced [S, d], rows [R', d'], and two empty tensors. Computes in float32, in
-    float64 if a tensor is; products in the type of their weight, added up in that.
-    Raises `UnsupportedError` (`why_not`).
+    float64 if a tensor is; products in the type of their weight, added up in that. Raises `UnsupportedError`.
     Does not wait for the device, and does not look at indices and segments, which have to be in range.
     """
-    planned = _plan(tensors, indices, bounds, code, constants)
+    planned = plan_of(tensors, indices, bounds, code, constants)
     tensors, indices = _contiguous(tensors), _contiguous(indices)
     ptr = None if ptr is None else ptr.contiguous()
     like, dtype, wide = tensors[0], result_dtype(tensors, code, len(bounds) - 1), _wide(tensors)
@@ -339,7 +344,7 @@ def row_program_backward(
     Args: the op's; reduced, kept and extremes are not read. Returns the gradients of the wanted tensors, each in its
     own dtype, and empty tensors of shape [0] for the others. As `row_program` otherwise.
     """
-    planned = _plan(tensors, indices, bounds, code, constants, wanted)
+    planned = plan_of(tensors, indices, bounds, code, constants, wanted)
     tensors, indices = _contiguous(tensors), _contiguous(indices)
     wide, like = _wide(tensors), tensors[0]
     dtype = result_dtype(tensors, code, len(bounds) - 1)

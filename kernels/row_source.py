@@ -6,9 +6,8 @@ of them side by side. The forward kernel runs the steps in order on one tile of 
 Backward is a chain of kernels ("stages") that run on the same tiles. The first keeps the results of the linear steps
 that derivatives depend on (`saved`, a place per tile). Then the steps come in reverse: a stage is a linear step and
 what comes before it up to the next one, and gradients pass from stage to stage in `saved`. Everything else is computed
-again
-from there where it is read. One kernel for all of it would need many times the registers that there are. Gradients of
-parameters are added up in a place per tile (`slots`), which the tiles of later launches use again.
+again from there where it is read. One kernel for all of it would need many times the registers that there are.
+Gradients of parameters are added up in a place per tile (`slots`), which the tiles of later launches use again.
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -70,6 +71,28 @@ def test_the_page_in_docs_lists_every_build():
         kernel = build.kernel.removesuffix("_kernel")
         alignment = "aligned" if build.aligned else "unaligned"
         assert (kernel, build.variant, str(build.cols), build.dtype, alignment) in listed
+
+
+@pytest.fixture(scope="module")
+def row_kernels():
+    """The kernels of a message with its edge update at width 64 in bfloat16, forward and backward, for sm_90."""
+    sections = [aot.row_section(direction, 64, torch.bfloat16, "ieee") for direction in ("forward", "backward")]
+    return [kernel for section in sections for kernel in aot.compile_section(section, 90)]
+
+
+def test_row_programs_fit_into_shared_memory_and_hardly_spill(row_kernels):
+    for kernel in row_kernels:
+        used = aot.usage(kernel)
+        assert used.spills <= 64 and used.shared <= aot.SHARED_MEMORY[90]
+
+
+def test_row_offsets_of_row_programs_are_64_bit(row_kernels):
+    """Rows' numbers are multiplied by a width as 64-bit numbers only; 32 bits are places within a tile or a weight."""
+    for kernel in row_kernels:
+        ttir = kernel.asm["ttir"]
+        assert re.search(r"arith\.addi .* : tensor<\d+xi64>", ttir)  # the rows of a tile
+        loads = re.findall(r"tt\.load .* : tensor<\d+x(i\d+|!tt\.ptr<\w+>)", ttir)
+        assert loads and not re.search(r"arith\.trunci .* i64 to i32|arith\.trunci .*xi64> to tensor<\d+xi32>", ttir)
 
 
 ROW_KERNELS = [b for b in CONFIGURATIONS if b.cols == 128 and b.kernel != "merge_kernel"]
