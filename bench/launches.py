@@ -44,7 +44,7 @@ def forward_backward(name: str, batch: int, path: str) -> Dispatched:
     set_work_plan(model, work)
     graph = problem.graph()
     # on `meta` no engine has to be there for row programs to be written
-    with backend("reference"), mock.patch("scalegmn_fast.backends.serves", lambda *_: True):
+    with backend("reference"), mock.patch("scalegmn_fast.backends.fuses", lambda *_: True):
         with torch.no_grad():
             model(graph)  # what the graph's plan keeps is made
         with Dispatched(inside) as found:

@@ -18,6 +18,42 @@ namespace {
 
 constexpr size_t small_page = size_t(1) << 12, huge_page = size_t(1) << 21;
 
+// Large blocks are mapped by themselves, on huge pages but for what follows the last whole one. Freed into malloc's heap
+// they would make it keep smaller ones there, too, in pieces.
+bool is_mapped(size_t bytes) {
+#ifdef __linux__
+  return bytes >= huge_page;
+#else
+  return false;
+#endif
+}
+
+void* allocate(size_t bytes) {
+#ifdef __linux__
+  if (is_mapped(bytes)) {
+    void* mapped = mmap(nullptr, bytes + huge_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) return nullptr;
+    char* first = static_cast<char*>(mapped);
+    const size_t before = (huge_page - reinterpret_cast<uintptr_t>(first) % huge_page) % huge_page;
+    if (before > 0) munmap(first, before);
+    munmap(first + before + bytes, huge_page - before);
+    madvise(first + before, bytes, MADV_HUGEPAGE);
+    return first + before;
+  }
+#endif
+  return std::aligned_alloc(small_page, bytes);
+}
+
+void release(void* block, size_t bytes) {
+#ifdef __linux__
+  if (is_mapped(bytes)) {
+    munmap(block, bytes);
+    return;
+  }
+#endif
+  std::free(block);
+}
+
 struct Pool {
   std::mutex mutex;
   std::multimap<size_t, void*> idle;
@@ -31,9 +67,7 @@ struct Pool {
 
   // At least `bytes`; sets it to what was given.
   void* take(size_t& bytes) {
-    const bool huge = bytes >= huge_page;
-    const size_t unit = huge ? huge_page : small_page;
-    bytes = (bytes + unit - 1) / unit * unit;
+    bytes = (bytes + small_page - 1) / small_page * small_page;
     {
       const std::lock_guard<std::mutex> lock(mutex);
       const auto found = idle.lower_bound(bytes);
@@ -45,11 +79,8 @@ struct Pool {
         return block;
       }
     }
-    void* block = std::aligned_alloc(unit, bytes);
+    void* block = allocate(bytes);
     if (block == nullptr) throw std::bad_alloc();
-#ifdef __linux__
-    if (huge) madvise(block, bytes, MADV_HUGEPAGE);
-#endif
     return block;
   }
 
@@ -60,7 +91,7 @@ struct Pool {
     while (idle_bytes > most_idle) {
       const auto largest = std::prev(idle.end());
       idle_bytes -= largest->first;
-      std::free(largest->second);
+      release(largest->second, largest->first);
       idle.erase(largest);
     }
   }

@@ -71,11 +71,11 @@ class Program : RowProgramPlan {
     plan_values(false, false, true);
     finish_plan();
     const bool reduces = width_ >= 0;
-    at::Tensor reduced = at::zeros({reduces ? segments_ : 0, reduces ? reduced_width() : 0}, wide_);
+    at::Tensor reduced = pooled_empty({reduces ? segments_ : 0, reduces ? reduced_width() : 0}, wide_).zero_();
     at::Tensor rows = pooled_empty({rows_width_ < 0 ? 0 : written_rows_, std::max<int64_t>(rows_width_, 0)}, result_);
     const bool statistics = reduction_ == RowReduction::statistics;
-    at::Tensor kept = at::zeros(kept_sizes(), wide_);
-    at::Tensor extremes = statistics ? at::zeros({segments_, 2 * width_}, at::kInt) : at::empty({0}, at::kInt);
+    at::Tensor kept = pooled_empty(kept_sizes(), wide_).zero_();
+    at::Tensor extremes = pooled_empty(statistics ? kept_sizes() : std::vector<int64_t>{0}, at::kInt).zero_();
     args_.reduced = reduced.mutable_data_ptr();
     args_.kept = kept.mutable_data_ptr();
     args_.extremes = statistics ? extremes.mutable_data_ptr<int32_t>() : nullptr;

@@ -130,7 +130,7 @@ def _message_edges(plan: GraphPlan, both_ways: bool) -> MessageEdges:
     number = torch.empty_like(row)
     number[row] = torch.arange(row.shape[0], device=row.device)
     degree = (plan.target_ptr.diff() + plan.source_ptr.diff()).long()
-    return MessageEdges(others[row], ends, _offsets(degree).int(), row, number[: plan.num_edges], into_last)
+    return MessageEdges(others[row], ends, _offsets(degree).int(), row, number[: plan.num_edges].clone(), into_last)
 
 
 def node_pairs(plan: GraphPlan, token: bool = False) -> NodePairs:

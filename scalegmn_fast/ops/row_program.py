@@ -113,7 +113,9 @@ def _save(ctx, inputs, output):
     tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed = inputs
     reduced, rows, kept, extremes = output
     ctx.set_materialize_grads(False)
-    ctx.rows = rows.shape, rows.dtype
+    ctx.results = [(result.shape, result.dtype) for result in (reduced, rows)]
+    if kept.dim() == 1 or extremes.dim() == 2:
+        reduced = reduced.new_empty(0)  # the backward of attention alone reads what was reduced
     ctx.counts = len(tensors), len(indices)
     ctx.mark_non_differentiable(kept, extremes)
     ctx.save_for_backward(*tensors, *indices, ptr, seed, reduced, kept, extremes)
@@ -129,10 +131,10 @@ def _saved(ctx):
 def _first_order(ctx, grad_reduced, grad_rows, grad_kept, grad_extremes):
     tensors, indices, ptr, seed, reduced, kept, extremes = _saved(ctx)
     wanted = list(ctx.needs_input_grad[0])
-    grad_reduced = torch.zeros_like(reduced) if grad_reduced is None else grad_reduced
-    if grad_rows is None:
-        shape, dtype = ctx.rows
-        grad_rows = reduced.new_zeros(shape, dtype=dtype)
+    grad_reduced, grad_rows = (
+        reduced.new_zeros(shape, dtype=dtype) if grad is None else grad
+        for grad, (shape, dtype) in zip((grad_reduced, grad_rows), ctx.results, strict=True)
+    )
     program = (tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed)
     grads = _backward_op(grad_reduced, grad_rows, reduced, kept, extremes, *program, wanted)
     found = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]

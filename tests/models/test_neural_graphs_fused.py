@@ -101,3 +101,23 @@ def test_second_derivatives():
                 first = torch.autograd.grad(out, weights, create_graph=True)
                 found[name] = torch.autograd.grad(sum(g.square().sum() for g in first), weights)
         assert_equal(found["cpp"], found["reference"], tolerance=1e-8)
+
+
+@pytest.mark.parametrize(("kind", "rounds"), [("gnn", 1), ("gnn_edit", 2), ("transformer", 0)])
+def test_what_a_forward_keeps(kind, rounds):
+    """Of edges the features that a round reads; of nodes four statistics at most side by side; nothing of pairs."""
+    model, graph, kept = model_of(kind, {}), batch_of(kind, torch.float32), {}
+
+    def pack(tensor):
+        if tensor.is_floating_point() and tensor.dim() == 2:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = tensor, storage.nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(graph)
+    of_edges = [tuple(tensor.shape) for tensor, _ in kept.values() if tensor.shape[0] == graph.num_edges]
+    assert of_edges == [(graph.num_edges, 8)] * rounds
+    of_nodes = [size for tensor, size in kept.values() if tensor.shape[0] == graph.num_nodes]
+    assert max(of_nodes) <= 4 * 8 * graph.num_nodes
+    assert max(size for _, size in kept.values()) < 6 * sum(sum(layout) ** 2 for layout in [LAYOUT] * 3)

@@ -354,6 +354,46 @@ def test_few_rows_of_large_tables():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def mapped_rows(backend, t, index):
+    """Two maps of loaded rows and one of others; result and gradients."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in t.items()}
+    run = RowProgram()
+    section = run.section(len(index[0]))
+    own = section.load(leaves["x"], index[0])
+    a = section.linear(own, leaves["w_1"], leaves["b_1"])
+    b = section.linear(section.load(leaves["x"], index[0]), leaves["w_2"])
+    c = section.linear(section.load(leaves["x"], index[1]), leaves["w_3"], leaves["b_3"])
+    section.write(section.add(section.mul(a, b), c))
+    with scalegmn_fast.backend(backend):
+        out = run.run()[1]
+        weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).cos().view(out.shape).to(out)
+        names = ("x", "w_1", "b_1", "w_2", "w_3", "b_3")
+        return [out, *torch.autograd.grad(out, [leaves[name] for name in names], weights)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [5, 32, 123])
+def test_rows_that_a_tile_maps_once(width, dtype):
+    """Rows of a table that occur often, once, all at once, and in tiles without and with others."""
+    t, _, _ = inputs(1, 700, width, dtype)
+    generator = torch.Generator().manual_seed(1)
+    often = torch.where(torch.rand(700, generator=generator) < 0.7, 699, torch.arange(700))
+    index = [often, torch.cat([torch.zeros(300), torch.randperm(400, generator=generator)]).int()]
+    exact = mapped_rows("reference", {name: tensor.double() for name, tensor in t.items()}, index)
+    lower = torch.float32 if dtype == torch.float64 else dtype
+    eager = mapped_rows("reference", {name: tensor.to(lower) for name, tensor in t.items()}, index)
+    for number, (a, e, r) in enumerate(zip(mapped_rows("cpp", t, index), eager, exact, strict=True)):
+        assert_close_to_float64(a, r if dtype == torch.float64 else e, r, ulps=64, name=f"result {number}")
+
+
+def test_equal_loads_are_one_step():
+    t, index, _ = inputs(9, 4, 3, torch.float32)
+    section = RowProgram().section(9)
+    first, other = section.load(t["x"], index[0]), section.load(t["x"], index[1])
+    assert section.load(t["x"], index[0]) is first
+    assert other is not first
+
+
 @pytest.mark.parametrize("norm", [True, False])
 def test_bfloat16_products_of_rows_at_a_kink(norm):
     """Rows rounded to bfloat16 move sums across ReLU's kink, the reference's alike; without such products none move."""

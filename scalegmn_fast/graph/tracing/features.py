@@ -9,14 +9,17 @@ from .network import Part
 
 
 def elements(part: Part, tensors, shape=(-1,)) -> Tensor:
+    """A part in another shape."""
     return part.read(tensors).reshape(shape)
 
 
 def ordered(part: Part, order: Tensor, shape, tensors) -> Tensor:
+    """A part's elements in another order and shape."""
     return part.read(tensors).reshape(-1)[order].reshape(shape)
 
 
-def added(first, second, tensors) -> Tensor:
+def total(first, second, tensors) -> Tensor:
+    """Sum of two of these functions, the first of which may be None."""
     return second(tensors) if first is None else first(tensors) + second(tensors)
 
 

@@ -24,11 +24,14 @@ class Value:
     factors: list[Tensor]
     edges: tuple[Edges, ...] = ()
 
-    def varying(self, factor: Tensor) -> set[int]:
-        return {dim for dim, size in enumerate(factor.shape) if size > 1}
+
+def varying(factor: Tensor) -> set[int]:
+    """Dimensions along which the wire changes."""
+    return {dim for dim, size in enumerate(factor.shape) if size > 1}
 
 
 def distinct(labels: Tensor) -> np.ndarray:
+    """The wires among labels, sorted."""
     return np.unique(labels.numpy())
 
 
@@ -40,6 +43,7 @@ def pairs(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def padded(tensor: Tensor, ndim: int) -> Tensor:
+    """With dimensions of size 1 in front, as broadcasting has it."""
     return tensor.reshape((1,) * (ndim - tensor.ndim) + tuple(tensor.shape))
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .features import added, elements, gathered_columns, ordered
-from .labels import Value, compressed, distinct, meet, padded, pairs
+from .features import elements, gathered_columns, ordered, total
+from .labels import Value, compressed, distinct, meet, padded, pairs, varying
 from .network import Action, Edges, Part
 from .wires import BOTH, Wires
 
@@ -28,7 +28,7 @@ class Neurons:
         self.edges: list[Edges] = []
         self.actions: list[Action] = []
         self.notes: list[tuple[str, str]] = []
-        self.joined: list[tuple[np.ndarray, np.ndarray]] = []  # wires that share the nodes of other wires
+        self.shared: list[tuple[np.ndarray, np.ndarray]] = []  # wires that share the nodes of other wires
         self.activations: dict[int, str] = {}
         self.used: dict[str, tuple[np.ndarray | None, str]] = {}
         self.seen: set[str] = set()
@@ -66,16 +66,17 @@ class Neurons:
 
     def act(self, part: Part, rows, factors, columns=None) -> None:
         """Note how a part [rows, columns, rest] moves; a part is read once."""
-        elements = part.elements().reshape(-1).numpy() if part.index is not None or part.name in self.used else None
+        places = part.elements().reshape(-1).numpy() if part.index is not None or part.name in self.used else None
         if part.name in self.used:
             before, place = self.used[part.name]
-            if before is None or np.intersect1d(before, elements).size:
+            if before is None or np.intersect1d(before, places).size:
                 raise self.unsupported(f"reads {part.name} a second time, after {place}: weights must be used once")
-            elements = np.union1d(before, elements)
-        self.used[part.name] = (elements, self.place)
+            places = np.union1d(before, places)
+        self.used[part.name] = (places, self.place)
         self.actions.append(Action(part, rows, factors, columns))
 
     def connect(self, kind: str, source, target, **values) -> Edges:
+        """Add edges; see `Edges` for the rest of the values."""
         edges = Edges(kind, np.asarray(source), np.asarray(target), **values)
         self.edges.append(edges)
         return edges
@@ -166,13 +167,13 @@ class Neurons:
         if groups == 1:
             self.act(weight, new, ((new, 1),), columns)
             return
-        elements = weight.elements()
+        places = weight.elements()
         for group, (rows, inside) in enumerate(
             zip(np.split(np.arange(len(new)), groups), np.split(columns, groups), strict=True)
         ):
             self.wires.tell_apart(new[rows], group)
             self.wires.tell_apart(inside, group)
-            part = replace(weight, shape=(len(rows), *weight.shape[1:]), index=elements[rows])
+            part = replace(weight, shape=(len(rows), *weight.shape[1:]), index=places[rows])
             self.act(part, new[rows], ((new[rows], 1),), inside)
 
     def _weighted(self, weight: Part, new: np.ndarray, columns: np.ndarray, kernel) -> Edges:
@@ -208,14 +209,14 @@ class Neurons:
         if offset < 0:
             raise self.unsupported(f"broadcasts a value to the shape of {part.name}")
         dims = {offset + dim for dim, size in enumerate(part.shape) if size > 1}
-        met = [k for k, factor in enumerate(value.factors) if value.varying(factor) & dims or factor.numel() == 1]
+        met = [k for k, factor in enumerate(value.factors) if varying(factor) & dims or factor.numel() == 1]
         factors = list(value.factors)
         for k in met[1:]:
             factors[k] = self.contracted(factors[k], range(factors[k].ndim), fix=True)
         if not met:
             return value, None
         k = met[0]
-        factors[k] = self.collapsed(factors[k], value.varying(factors[k]) & dims)
+        factors[k] = self.collapsed(factors[k], varying(factors[k]) & dims)
         unchanged = all(a is b for a, b in zip(factors, value.factors, strict=True))
         settled = self.settled(Value(value.shape, factors, value.edges if unchanged else ()))
         labels = settled.factors[0] if len(settled.factors) == 1 else factors[k]
@@ -241,7 +242,7 @@ class Neurons:
         self.wires.tell_apart(*np.unique(wires, return_counts=True))
         if len(value.edges) == 1 and np.array_equal(value.edges[0].receivers, wires):
             edges = value.edges[0]
-            edges.bias = partial(added, edges.bias, partial(elements, part))
+            edges.bias = partial(total, edges.bias, partial(elements, part))
             return value
         new = self.wires.new(len(targets), self._what)
         self.wires.tie(new, targets, 1)
@@ -380,7 +381,7 @@ class Neurons:
                                                     (guest, other, main, owner, compressed(g))):  # fmt: skip
                 if own.edges and not self._senders(own.edges) & self._senders(guests.edges or (), theirs):
                     if guests.edges:
-                        self.joined.append((theirs, ours))
+                        self.shared.append((theirs, ours))
                         return core, own.edges + guests.edges
                     return core, (*own.edges, self.connect("identity", theirs, ours))
         known = np.unique(main)
@@ -421,7 +422,7 @@ class Neurons:
     def nodes(self) -> np.ndarray:
         """The wire whose node each wire shares."""
         node_of = np.arange(len(self.wires))
-        for wires, others in self.joined:
+        for wires, others in self.shared:
             moved = np.arange(len(self.wires))
             moved[node_of[wires]] = node_of[others]
             node_of = moved[node_of]
@@ -429,5 +430,6 @@ class Neurons:
 
 
 def operation(node: torch.fx.Node) -> str:
+    """Name of a node's operator, without its overload."""
     packet = getattr(node.target, "overloadpacket", None)
     return packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))

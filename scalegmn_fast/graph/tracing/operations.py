@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..architecture import ACTIVATION_NAMES
 from .features import batch_norm, folded, folded_bias, norm_gain, norm_shift
-from .labels import Value, compressed, distinct, padded, pairs
+from .labels import Value, compressed, distinct, padded, pairs, varying
 from .network import Part
 from .neurons import Neurons, operation
 from .wires import BOTH, SCALE, SIGN
@@ -47,9 +47,8 @@ class Operations(Neurons):
 
     in_tables = (*ELEMENTWISE, *POOLS, *REDUCTIONS, *MOVING)
 
-    # -- operations --------------------------------------------------------------------------------------------------
-
     def _moved(self, node, args, kwargs):
+        """An operation that moves entries, run on the labels of a value or on the places of a parameter's elements."""
         operand = args[0]
         others = [arg for arg in tree_leaves((args[1:], kwargs)) if isinstance(arg, Value | Part)]
         shapes = [torch.empty(arg.shape, device="meta") for arg in others]
@@ -67,6 +66,7 @@ class Operations(Neurons):
         return [Value(shape, [compressed(f) for f in found]) for shape, *found in zip(shapes, *columns, strict=True)]
 
     def _elementwise(self, name: str, value: Value) -> Value:
+        """A function of each entry."""
         if not isinstance(value, Value):
             raise self.unsupported(
                 f"computes with the parameter {value.name}: weights must be parameters or views of them"
@@ -102,6 +102,7 @@ class Operations(Neurons):
         return replace(value, edges=())
 
     def op_prelu(self, value, weight):
+        value = self._even(value, len(value.shape) - 2)
         self._restrict(value, SCALE)
         if prod(weight.shape) > 1:
             columns, _ = self.read(value, 1)
@@ -111,6 +112,7 @@ class Operations(Neurons):
         return replace(value, edges=())
 
     def _restrict(self, value: Value, kinds: int) -> None:
+        """The neurons of a value are read by something that keeps only scalings of ``kinds``."""
         for factor in value.factors:
             self.wires.restrict(distinct(factor), kinds)
             self.wires.tell_apart(distinct(factor), 0)
@@ -148,7 +150,7 @@ class Operations(Neurons):
         last = set(range(len(value.shape) - axes, len(value.shape)))
         factors = []
         for factor in value.factors:
-            along = value.varying(factor)
+            along = varying(factor)
             if along & last:
                 rest = along - last
                 factor = self.collapsed(factor, rest) if rest else self.contracted(factor, along, fix=True)
@@ -167,7 +169,7 @@ class Operations(Neurons):
         dims = range(ndim) if dim in (None, []) else [d % ndim for d in ([dim] if isinstance(dim, int) else dim)]
         factors, same = [], True
         for factor in value.factors:
-            if value.varying(factor) & set(dims):
+            if varying(factor) & set(dims):
                 factor, same = self.contracted(factor, dims, fix=False), False
             else:
                 self.wires.restrict(distinct(factor), kinds)
@@ -233,7 +235,7 @@ class Operations(Neurons):
             target = torch.from_numpy(np.unique(before.target, return_inverse=True)[1].reshape(-1))
             before.features = partial(folded, before.features, norm, target)
             before.bias = partial(folded_bias, before.bias, norm)
-            self.joined.append((new, columns))
+            self.shared.append((new, columns))
             before.receivers = new
             return Value(self.shape, [core], value.edges)
         edges = self.connect(
@@ -338,7 +340,7 @@ class Operations(Neurons):
 
     def op_constant_pad_nd(self, value, pad, fill=None, **_):
         padded = {len(value.shape) - 1 - k // 2 for k, size in enumerate(pad) if size}
-        if any(value.varying(factor) & padded for factor in value.factors):
+        if any(varying(factor) & padded for factor in value.factors):
             raise self.unsupported("pads along neurons")
         if fill not in (0, None):
             self._restrict(value, 0)
@@ -368,7 +370,7 @@ class Operations(Neurons):
         values = [t for t in tensors if isinstance(t, Value)]
         if not values:
             raise self.unsupported("joins parameters")
-        along = set().union(*(v.varying(f) for v in values for f in v.factors[:1])) - {dim}
+        along = set().union(*(varying(f) for v in values for f in v.factors[:1])) - {dim}
         pieces = []
         for operand in tensors:
             if isinstance(operand, Part):

@@ -96,7 +96,7 @@ class Wires:
         self._ties.append(np.stack([first, second, np.full(len(first), power)]))
 
     def tell_apart(self, wires: np.ndarray, marks: np.ndarray | int = 0) -> None:
-        """Wires of these keep their places among themselves and away from others, except where ``marks`` agree."""
+        """Wires with one mark stay alike if they were; they differ from those with another, and from all others."""
         wires, marks = np.unique(np.stack([wires, np.broadcast_to(marks, wires.shape)]), axis=1)
         # A wire read at several places has the sorted list of their marks.
         starts = np.flatnonzero(np.r_[True, wires[1:] != wires[:-1]])
@@ -137,7 +137,7 @@ class Wires:
                     scale[max(a, b)], power[max(a, b)] = min(a, b), exponent * sign_a * sign_b
         for wire in range(len(self)):
             top, sign = scale_root(wire)
-            scale[wire], power[wire] = top, sign  # parents come first, so paths stay short
+            scale[wire], power[wire] = top, sign  # roots have the smallest numbers, so this path was short
         return np.array([root(together, wire) for wire in range(len(self))], dtype=np.int64), scale, power
 
     def classes(self) -> tuple[list[NeuronClass], np.ndarray, np.ndarray]:
