@@ -105,7 +105,7 @@ def test_second_derivatives():
 
 @pytest.mark.parametrize(("kind", "rounds"), [("gnn", 1), ("gnn_edit", 2), ("transformer", 0)])
 def test_what_a_forward_keeps(kind, rounds):
-    """Of edges the features that a round reads; of nodes four statistics at most side by side; nothing of pairs."""
+    """Of edges the weights and the features that a round reads; of nodes four statistics at most side by side; nothing of pairs."""
     model, graph, kept = model_of(kind, {}), batch_of(kind, torch.float32), {}
 
     def pack(tensor):
@@ -117,7 +117,8 @@ def test_what_a_forward_keeps(kind, rounds):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(graph)
     of_edges = [tuple(tensor.shape) for tensor, _ in kept.values() if tensor.shape[0] == graph.num_edges]
-    assert of_edges == [(graph.num_edges, 8)] * rounds
+    inputs = [(graph.num_edges, 1)] if rounds else []
+    assert sorted(of_edges) == [*inputs, *[(graph.num_edges, 8)] * rounds]
     of_nodes = [size for tensor, size in kept.values() if tensor.shape[0] == graph.num_nodes]
     assert max(of_nodes) <= 4 * 8 * graph.num_nodes
     assert max(size for _, size in kept.values()) < 6 * sum(sum(layout) ** 2 for layout in [LAYOUT] * 3)
