@@ -105,7 +105,7 @@ def test_second_derivatives():
 
 @pytest.mark.parametrize(("kind", "rounds"), [("gnn", 1), ("gnn_edit", 2), ("transformer", 0)])
 def test_what_a_forward_keeps(kind, rounds):
-    """Of edges the weights and the features that a round reads; of nodes four statistics at most side by side; nothing of pairs."""
+    """Of edges the weights and what a round reads; of nodes four statistics at most side by side; nothing of pairs."""
     model, graph, kept = model_of(kind, {}), batch_of(kind, torch.float32), {}
 
     def pack(tensor):
