@@ -37,7 +37,7 @@ DTYPES = {
 PASSES = (("16", "float32"), ("own", "tf32"), ("own", "bfloat16"), ("16", "tf32"), ("own", "float32"))
 #: Of these the original is also compiled, which takes a while.
 COMPILED = ("mnist_cls/scalegmn", "cifar10/scalegmn_relu", "mnist_cls/scalegmn_bidir", "fmnist_cls/scalegmn")
-SLOW, FAST = ("original", "compiled original", "reference"), ("ours", "graph")
+SLOW, FAST = ("original", "compiled original", "reference"), ("ours", "graph", "rows cuda", "rows triton")
 CASES = SLOW + FAST
 RATIOS = {f"{slow} / {fast}": (slow, fast) for slow, fast in itertools.product(SLOW, FAST)}
 COLUMNS = (
@@ -121,8 +121,8 @@ def step_cases(place: Place, name: str, batch: int, dtype: str, compiled: bool) 
         side = ours()
         return trained(side, side.forward(problem))
 
-    def reference() -> Callable[[], None]:
-        return scalegmn_fast.backend("reference")(eager())
+    def on(backend: str) -> Callable[[], None]:
+        return scalegmn_fast.backend(backend)(eager())
 
     def graphed() -> Callable[[], None]:
         side, graph, recorder = ours(), problem.graph(), place.recorder()
@@ -145,9 +145,12 @@ def step_cases(place: Place, name: str, batch: int, dtype: str, compiled: bool) 
     if compiled:
         makers["compiled original"] = lambda: original(compiled=True)
     else:
-        makers["reference"] = reference
-        if place.original:
-            makers["original"] = original
+        makers["reference"] = lambda: on("reference")
+    if kind == "cuda":  # Triton's row programs take a while to compile, too
+        rows = "triton" if compiled else "cuda"
+        makers[f"rows {rows}"] = lambda: on(rows)
+    if not compiled and place.original:
+        makers["original"] = original
     return makers
 
 

@@ -157,10 +157,10 @@ def why_not(name: str, op: str, tensor: Tensor) -> str | None:
 def fuses(tensor: Tensor, reduction: str = "sum") -> bool:
     """Whether models run tensors like this one as row programs with this reduction; never warns or raises.
 
-    With "triton" chosen they do so on a GPU; "auto" does on the CPU alone, where it is measured to be faster.
+    With "triton" or "cuda" chosen they do so on a GPU; "auto" does on the CPU alone, where it is measured to be faster.
     """
     name = "cpp" if active() == "auto" else active()
-    if name not in ("cpp", "triton") or reduction in LACKS.get(name, ()):
+    if name == "reference" or reduction in LACKS.get(name, ()):
         return False
     return why_not(name, "row_program", tensor) is None
 

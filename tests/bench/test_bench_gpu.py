@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "WARM_UP", 4)  # the fourth step is recorded
     for module in ("bench.gpu", "bench.compare_original"):
         monkeypatch.setattr(f"{module}.published_config", tiny)
-    return gpu.Place("cpu", tmp_path / "cpu.json", time.monotonic() + 60, recorder=Recorder)
+    return gpu.Place("cpu", tmp_path / "cpu.json", time.monotonic() + 1000, recorder=Recorder)
 
 
 def rows(place, benchmark):

@@ -73,6 +73,17 @@ def test_an_explicit_choice_never_falls_back(monkeypatch, name, tensor, reason):
         ops.symmetrize(tensor)
 
 
+def test_which_backends_run_models_as_row_programs(monkeypatch):
+    monkeypatch.setattr(backends, "why_not", lambda *_: None)
+    found = {}
+    for name in (*backends.BACKENDS, "auto"):
+        with scalegmn_fast.backend(name):
+            found[name] = {kind for kind in ("sum", "statistics", "attention") if backends.fuses(H, kind)}
+    everything = {"sum", "statistics", "attention"}
+    lacks = {"reference": everything, **{name: set(kinds) for name, kinds in backends.LACKS.items()}}
+    assert found == {name: everything - lacks.get(name, set()) for name in found}
+
+
 def test_the_backward_pass_uses_the_backend_in_force_then(monkeypatch):
     h = H.clone().requires_grad_()
     with scalegmn_fast.backend("reference"):
