@@ -1,6 +1,7 @@
 """The documentation: marked code blocks run, relative links lead somewhere."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^<!-- run -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+IMAGE = re.compile(r"!\[[^\]]*\]\(images/(\w+\.svg)\)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -33,7 +35,7 @@ def test_marked_blocks_run_in_order(page, tmp_path, monkeypatch):
 
 
 def test_pages_have_running_blocks():
-    assert {page.stem for page in RUNNING} >= {"pytorch", "quickstart"}
+    assert {page.stem for page in RUNNING} >= {"how-the-kernels-work", "pytorch", "quickstart"}
     for page in PAGES:
         assert page.read_text().count("<!-- run -->") == len(blocks(page)), f"{page.name}: a mark without a block"
 
@@ -44,3 +46,12 @@ def test_relative_links_lead_somewhere(page):
     targets = [link.partition("#")[0] for link in LINK.findall(text) if not re.match(r"[a-z]+:|#", link)]
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
+
+
+def test_figures_are_drawn_for_their_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    runpy.run_path(str(ROOT / "docs/figures.py"))["draw"](tmp_path)
+    shown = set(IMAGE.findall((ROOT / "docs/how-the-kernels-work.md").read_text()))
+    assert shown == {path.name for path in tmp_path.iterdir()} == {path.name for path in ROOT.glob("docs/images/*.svg")}
+    for path in tmp_path.iterdir():
+        assert path.stat().st_size > 10_000, f"{path.name} is empty"
