@@ -165,6 +165,21 @@ def fuses(tensor: Tensor, reduction: str = "sum") -> bool:
     return why_not(name, "row_program", tensor) is None
 
 
+def warn_unfused(option: str, part: str, tensor: Tensor, reduction: str = "sum") -> None:
+    """Warns, once per process and option, that a part of a model runs as PyTorch operators because of the option.
+
+    Silent where tensors like this one run as operators whatever the options, and under `torch.compile`.
+    """
+    if torch.compiler.is_compiling() or option in _warned or not fuses(tensor, reduction):
+        return
+    _warned.add(option)
+    warnings.warn(
+        f"{option}: {part} as PyTorch operators instead of fused row programs, slower and in more memory "
+        "(docs/models.md, 'What runs as PyTorch operators')",
+        stacklevel=3,
+    )
+
+
 def _no_limits(name: str) -> str | None:
     return None
 

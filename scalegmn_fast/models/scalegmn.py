@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import backends
 from ..graph import GraphBatch
 from ..nn import (
     CarriedMessage,
@@ -465,6 +466,8 @@ class ScaleGMN(PlannedModule):
         options, plan = self.options, graph.plan
         if options.symmetry != "hetero" and graph.sign_mask is not None:
             graph = GraphBatch(graph.node_features, graph.edge_features, plan)
+        if self.config["mlp_args"]["batch_norm"]:
+            backends.warn_unfused("mlp_args.batch_norm", "the whole model runs", graph.node_features)
         x = self.construct_graph.nodes(graph.node_features)
         p = None
         if hasattr(self, "positional_embeddings"):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import backends, ops
 from . import fused
 from .equivariant import CANONICAL_EPS, EquivariantNet, SymmetryPair
 from .mlp import MlpNet
@@ -29,7 +29,7 @@ from .rows import (
     narrow,
     take,
 )
-from .work import PlannedModule
+from .work import PlannedModule, WorkPlan
 
 AGGREGATORS = {"add": "sum", "sum": "sum", "mean": "mean", "max": "max"}
 
@@ -92,6 +92,8 @@ class Message(PlannedModule):
         count = edges.sender.shape[0]
         updated_rows = 0 if update is None else updated_rows
         if not (fused.serves(self, x) and self.reduce in ("sum", "mean") and updated_rows <= count):
+            if self.reduce == "max" and self.work == WorkPlan():
+                backends.warn_unfused("gnn_args.aggregator 'max'", "messages and edge updates run", x)
             e = fused.written(e)
             own = narrow(e, 0, count) if edges.order is None else e
             out = ops.segment_reduce(self.compute(x, own, edges, p), edges.ptr, self.reduce)

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import backends, ops
 from ..graph import GraphPlan
 from ..graph.pairs import MessageEdges, network_order
 from ..reference.activations import activation, activation_name
 from ..reference.edge_mlp import edge_mlp
 from ..reference.pna_message import aggregate_statistics, degree_scales, pna_message
 from . import fused_neural_graphs
-from .fused_neural_graphs import EdgeState
+from .fused_neural_graphs import ACTIVATIONS, EdgeState
 
 JUMPS = ("last", "cat", "max", "lstm")
 NORM_SCOPES = ("batch", "graph", "node")
@@ -124,9 +124,12 @@ class PnaConv(nn.Module):
         if rows < x.shape[0]:
             into = edges.into_last
             edges = edges._replace(source=edges.source[:into], target=edges.target[:into], ptr=edges.ptr[: rows + 1])
-        known = all(update.act in fused_neural_graphs.ACTIVATIONS for update, _ in state.updates)
-        if self.towers == 1 and known and fused_neural_graphs.serves(x):
+        unserved = ["gnn_backbone.towers above 1"] if self.towers > 1 else []
+        unserved += [f"gnn_backbone.act {update.act!r}" for update, _ in state.updates if update.act not in ACTIVATIONS]
+        if not unserved and fused_neural_graphs.serves(x):
             return self._fused(x, state, edges, rows, writes, head)
+        for option in unserved:
+            backends.warn_unfused(option, "messages and edge updates run", x, "attention")
         e = state.dense(edges.source, edges.target)
         aggregated = pna_message(
             x,
