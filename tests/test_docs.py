@@ -1,4 +1,4 @@
-"""The documentation: marked code blocks run, relative links lead somewhere."""
+"""The documentation: marked code blocks run, links lead somewhere, every page is in the navigation."""
 
 import re
 import runpy
@@ -24,28 +24,63 @@ def blocks(page):
 RUNNING = [page for page in PAGES if blocks(page)]
 
 
+def original_script(monkeypatch):
+    """What a script of the original's has, by stand-ins."""
+    pytest.importorskip("torch_geometric", reason="the page's dataset is of PyG items")
+    monkeypatch.syspath_prepend(ROOT / "tests/interop")
+    import standins
+    from test_interop_loader import LAYOUT, Items, graph, scalegmn_config
+
+    args = {**scalegmn_config("mnist_cls/scalegmn_bidir"), "layer_layout": LAYOUT}
+    names = {"scalegmn_args": args, "net": standins.scalegmn_model(args), "train_set": Items(8, graph)}
+    return names | {"batch": standins.scalegmn_batch(args, dtype=torch.float32)}
+
+
+#: What the blocks of a page find made.
+GIVEN = {"drop-in": original_script}
+
+
+@pytest.mark.filterwarnings("ignore:d_hid and dropout_all")
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.stem)
 def test_marked_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.compiler.reset()
-    namespace = {"__name__": "page"}
+    namespace = {"__name__": "page"} | GIVEN.get(page.stem, lambda _: {})(monkeypatch)
     for line, code in blocks(page):
         exec(compile("\n" * (line - 1) + code, page, "exec"), namespace)
     torch.compiler.reset()
 
 
 def test_pages_have_running_blocks():
-    assert {page.stem for page in RUNNING} >= {"how-the-kernels-work", "pytorch", "quickstart"}
+    assert {page.stem for page in RUNNING} >= {"drop-in", "how-the-kernels-work", "pytorch", "quickstart"}
     for page in PAGES:
         assert page.read_text().count("<!-- run -->") == len(blocks(page)), f"{page.name}: a mark without a block"
 
 
+def anchors(page):
+    """Of a page's headings, as GitHub and MkDocs make them of plain text."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading).strip() for heading in headings)
+    return {heading.lower().replace(" ", "-") for heading in plain}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_relative_links_lead_somewhere(page):
-    text = FENCED.sub("", page.read_text())
-    targets = [link.partition("#")[0] for link in LINK.findall(text) if not re.match(r"[a-z]+:|#", link)]
-    missing = [target for target in targets if not (page.parent / target).exists()]
+    missing = []
+    for link in LINK.findall(FENCED.sub("", page.read_text())):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if re.match(r"[a-z]+:", link):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
     assert not missing
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    listed = re.findall(r"^ +- .*: (\S+\.md)$", navigation, re.MULTILINE)
+    assert sorted(listed) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md"))
 
 
 def test_figures_are_drawn_for_their_page(tmp_path):
