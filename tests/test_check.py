@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from scalegmn_fast import backends, check
-from scalegmn_fast.models import published_names
+from scalegmn_fast.check import ops as op_checks
+from scalegmn_fast.models import neural_graphs_names, published_names
 
 MODEL = "mnist_cls/scalegmn"
+NEURAL_GRAPHS = ("inr_classification/pna", "inr_classification/rtransformer", "style_editing/pna", "cnn_park/pna")
 
 
 def run(*arguments: str) -> int:
@@ -22,8 +24,8 @@ def run(*arguments: str) -> int:
 
 
 def few_op_cases(monkeypatch) -> None:
-    cases = check.op_cases
-    monkeypatch.setattr(check, "op_cases", lambda seed: islice(cases(seed), 0, None, 9))
+    cases = op_checks.op_cases
+    monkeypatch.setattr(op_checks, "op_cases", lambda seed: islice(cases(seed), 0, None, 9))
 
 
 @pytest.mark.timeout(400)
@@ -33,11 +35,14 @@ def test_every_op_and_every_published_model_pass(capsys, tmp_path):
     printed = capsys.readouterr().out
     assert code == 0, printed
     written = json.loads(file.read_text())
-    assert {row["case"] for row in written["rows"] if row["part"] == "model"} == set(published_names())
+    models = {row["case"] for row in written["rows"] if row["part"] == "model"}
+    assert models == {*published_names(), *neural_graphs_names()}
     assert {row["part"] for row in written["rows"]} == {"model", *backends.OPS}
     assert all(row["ok"] for row in written["rows"])
     for row in written["rows"]:
-        quantities = ["output", "gradients"] + ["equivariance"] * (row["part"] == "model")
+        is_oracle = row["case"] in neural_graphs_names() and row["dtype"] == "float64"
+        quantities = ["output", "gradients"] * (not is_oracle) + ["equivariance"] * (row["part"] == "model")
+        assert len(quantities) == sum(name in row for name in ("output", "gradients", "equivariance"))
         assert all(0 <= row[name]["error"] <= row[name]["bound"] < 1 for name in quantities), row
         assert sum(row["case"] in line and row["dtype"] in line for line in printed.splitlines()) >= 1
 
@@ -75,6 +80,42 @@ def test_a_wrong_backend_is_caught(op, direction, monkeypatch, capsys):
     assert any(line.startswith(op) for line in failing)
     others = set(backends.OPS) - {op}
     assert not any(line.startswith(tuple(others)) for line in failing)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", NEURAL_GRAPHS)
+def test_a_wrong_engine_is_caught_by_neural_graphs(name, direction, monkeypatch, capsys):
+    """The last number of what the CPU engine's programs give is off by a twentieth of the largest one."""
+    right = backends.implementation
+
+    def planted(op, way, tensor, *limits):
+        function = right(op, way, tensor, *limits)
+        if (op, way) != ("row_program", direction) or backends.active() != "cpp":
+            return function
+
+        def wrong(*args):
+            results = list(function(*args))
+            place = next(k for k, tensor in enumerate(results) if tensor is not None and tensor.numel())
+            results[place] = results[place].clone()
+            results[place].view(-1)[-1] += 0.05 * results[place].abs().max()
+            return results if direction == "backward" else tuple(results)
+
+        return wrong
+
+    monkeypatch.setattr(op_checks, "op_cases", lambda seed: iter(()))
+    arguments = ["--backend", "cpp", "--quick", "--model", name]
+    assert run(*arguments) == 0
+    monkeypatch.setattr(backends, "implementation", planted)
+    assert run(*arguments) == 1
+    failing = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
+    assert "float64" in {line.split()[4] for line in failing}
+    assert not any("Error" in line for line in failing)
+
+
+@pytest.mark.parametrize("reduction", ["statistics", "attention"])
+def test_row_programs_are_checked_in_every_reduction(reduction):
+    cases = [case for case in op_checks.op_cases() if case.reduction == reduction]
+    assert len(cases) == 2 and all(case.served_by("cpp") and not case.served_by("triton") for case in cases)
 
 
 def test_a_crash_is_a_failed_row(monkeypatch, capsys):
