@@ -1,7 +1,7 @@
 """`row_program` on a GPU: kernels generated for each section of a program (see `row_source`).
 
-Forward: a program runs all steps on one tile of rows and adds up its rows per segment. A segment that spans tiles is
-left in parts, one per tile, which `merge_kernel` adds in order.
+Forward: a program runs all steps on one tile of rows and reduces its rows per segment. A segment that spans tiles is
+left in parts, one per tile, which a merging kernel joins in order (see `row_reductions`).
 
 Backward: `PROGRAMS` tiles at a time. Gradients of parameters are summed in a place per program, and the places are
 added up; gradients of rows read through an index are written in the order of the rows, and added up per
@@ -19,14 +19,22 @@ import triton.language as tl
 
 from scalegmn_fast.reference.row_program import result_dtype, sections
 
-from . import row_source
+from . import row_reductions, row_source
 from .row_source import Operand, Request, UnsupportedError
 from .segment_reduce import segment_reduce
 from .tiles import launch_options
 
-REDUCES = ("none", "sum")
+REDUCES = ("none", "sum", "statistics")
 PROGRAMS = 264
 MERGE_LANES, MERGE_COLS, MERGE_WARPS = 16, 128, 4
+# {reduction: the kernel that merges parts, its tensors}
+MERGES = {
+    "sum": (row_reductions.merge_sums_kernel, ("partial", "holds", "reduced")),
+    "statistics": (
+        row_reductions.merge_statistics_kernel,
+        ("partial", "partial_rows", "holds", "reduced", "kept_stats", "extremes"),
+    ),
+}
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
     torch.int32: "i32", torch.int64: "i64",
@@ -55,32 +63,6 @@ def tile_of(width, low_precision):
     return Tile(64 if low_precision and width <= 128 else 32, 8)
 
 
-@triton.jit(do_not_specialize=["tiles"])
-def merge_kernel(
-    partial, holds, reduced, tiles,
-    WIDTH: tl.constexpr, ACC: tl.constexpr, BLOCK_LANES: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """The segment that begins in this program's tile and ends in a later one, from its parts (`row_steps.add_up`)."""
-    tile = tl.program_id(0).to(tl.int64)
-    segment = tl.load(holds + 2 * tile + 1)
-    if segment >= 0:
-        col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-        col_mask = col < WIDTH
-        lane = tl.arange(0, BLOCK_LANES)
-        total = tl.zeros([BLOCK_LANES, BLOCK_COLS], ACC)
-        later = tile + 1
-        more = tl.load(holds + 2 * later) == segment
-        while more:
-            mine = tl.load(holds + 2 * (later + lane), mask=later + lane < tiles, other=-1) == segment
-            at = partial + 2 * (later + lane)[:, None] * WIDTH + col[None, :]
-            total += tl.load(at, mask=mine[:, None] & col_mask[None, :], other=0.0)
-            later += BLOCK_LANES
-            more = tl.min(mine.to(tl.int32)) == 1
-        first = tl.load(partial + (2 * tile + 1) * WIDTH + col, mask=col_mask, other=0.0)
-        total = first + tl.sum(total, 0)
-        tl.store(reduced + segment * WIDTH + col, total.to(reduced.dtype.element_ty), mask=col_mask)
-
-
 class Section(NamedTuple):
     """A section's `Request` and `Source` in one direction, and its kernel's tile."""
 
@@ -89,6 +71,47 @@ class Section(NamedTuple):
     tile: Tile
     reduced_width: int
     written_width: int
+
+
+class Reduction:
+    """What the sections of a program reduce to: results, what derivatives read, and the parts that tiles leave.
+
+    width, S, tiles: of the step's rows, segments, and tiles that reduce; names: {name of a kernel's argument: tensor}.
+    """
+
+    def __init__(self, planned, counts, like, ptr, dtype, wide):
+        reducing = [section for section in planned if section and section.reduced_width]
+        self.kind = reducing[0].request.reduction if reducing else "none"
+        self.width = reducing[0].reduced_width if reducing else 0
+        self.tiles, self.wide = sum(counts) if reducing else 0, wide
+        segments, width, tiles = ptr.numel() - 1 if reducing else 0, self.width, self.tiles
+        statistics = self.kind == "statistics"
+        kept = (segments, 2 * width) if statistics else (0,)
+        fields = row_reductions.STATISTICS_FIELDS.value if statistics else 1
+        # Segments without rows are 0.
+        self.names = {
+            "reduced": like.new_zeros((segments, 4 * width if statistics else width), dtype=dtype),
+            "kept_stats": like.new_zeros(kept, dtype=wide),
+            "extremes": like.new_zeros(kept, dtype=torch.int32),
+            "partial": like.new_empty((tiles, 2, fields, width), dtype=wide),
+            "partial_rows": like.new_empty((tiles if statistics else 0, 2, 2, width), dtype=torch.int32),
+            "holds": like.new_empty((tiles, 2, 2), dtype=torch.int64),
+        }
+
+    def merge(self):
+        """Joins the parts of segments that span tiles."""
+        if self.tiles < 2:
+            return
+        kernel, names = MERGES[self.kind]
+        kernel[(self.tiles, triton.cdiv(self.width, MERGE_COLS))](
+            *(self.names[name] for name in names), self.tiles,
+            WIDTH=self.width, ACC=tl.float64 if self.wide == torch.float64 else tl.float32,
+            BLOCK_LANES=MERGE_LANES, BLOCK_COLS=MERGE_COLS, **launch_options(MERGE_WARPS),
+        )  # fmt: skip
+
+    def results(self):
+        """(what is reduced, what is kept, rows of the extremes)"""
+        return self.names["reduced"], self.names["kept_stats"], self.names["extremes"]
 
 
 def _used(steps, outputs):
@@ -139,7 +162,7 @@ def plan(code, constants, count, operands, indices, wanted, precision):
         low = all(operands[step.t0][0].itemsize == 2 for step in steps if step.op == "linear")
         tile = tile_of(max(map(row_source.columns, parts)), low)
         request = Request(
-            steps, written, reduced,
+            steps, written, reduced, section.reduction,
             tuple(Operand(t, TYPES[operands[t][0]], shapes[t]) for t in numbers),
             tuple((k, TYPES[indices[k]]) for k in used),
             result, acc, precision, tile.rows,
@@ -209,43 +232,34 @@ def _wide(tensors):
 def row_program(tensors, indices, bounds, code, constants, ptr, seed):
     """Device implementation of the op `scalegmn_fast::row_program`.
 
-    Args: the op's. Returns what is reduced [S, d], rows [R', d'], and two empty tensors. Computes in float32, in
-    float64 if a tensor is; products in the type of their weight, added up in that. Raises `UnsupportedError`.
-    Does not wait for the device, and does not look at indices and segments, which have to be in range.
+    Args: the op's. Returns what is reduced [S, d], rows [R', d'], and the two tensors that backward reads. Computes in
+    float32, in float64 if a tensor is; products in the type of their weight, added up in that. Raises
+    `UnsupportedError`. Does not wait for the device, and does not look at indices and segments, which have to be in
+    range.
     """
     planned = plan_of(tensors, indices, bounds, code, constants)
     tensors, indices = _contiguous(tensors), _contiguous(indices)
     ptr = None if ptr is None else ptr.contiguous()
     like, dtype, wide = tensors[0], result_dtype(tensors, code, len(bounds) - 1), _wide(tensors)
     named = _named(tensors, indices, ptr, seed)
-    reduced_width = max((section.reduced_width for section in planned if section), default=0)
     written_width = max((section.written_width for section in planned if section), default=0)
     ends = zip(planned, bounds[1:], strict=True)
     rows = max((end for section, end in ends if section and section.written_width), default=0)
-    # Segments without rows are 0.
-    reduced = like.new_zeros((ptr.numel() - 1 if reduced_width else 0, reduced_width), dtype=dtype)
-    named |= {"rows_out": like.new_empty((rows, written_width), dtype=dtype), "reduced": reduced}
     counts = [
         triton.cdiv(end - begin, section.tile.rows) if section else 0
         for section, begin, end in zip(planned, bounds[:-1], bounds[1:], strict=True)
     ]
-    tiles = sum(counts) if reduced_width else 0
-    partial = like.new_empty((tiles, 2, reduced_width), dtype=wide)
-    holds = like.new_empty((tiles, 2), dtype=torch.int64)
-    named |= {"partial": partial, "holds": holds}
+    reduction = Reduction(planned, counts, like, ptr, dtype, wide)
+    named |= {"rows_out": like.new_empty((rows, written_width), dtype=dtype)} | reduction.names
     with torch.cuda.device_of(like):
         first = 0
         for section, count, begin, end in zip(planned, counts, bounds[:-1], bounds[1:], strict=True):
             if count:
                 _launch(section, count, named | {"begin": begin, "end": end, "first_tile": first})
             first += count
-        if tiles > 1:
-            acc = tl.float64 if wide == torch.float64 else tl.float32
-            merge_kernel[(tiles, triton.cdiv(reduced_width, MERGE_COLS))](
-                partial, holds, reduced, tiles, WIDTH=reduced_width, ACC=acc,
-                BLOCK_LANES=MERGE_LANES, BLOCK_COLS=MERGE_COLS, **launch_options(MERGE_WARPS),
-            )  # fmt: skip
-    return reduced, named["rows_out"], like.new_empty(0, dtype=wide), like.new_empty(0, dtype=torch.int32)
+        reduction.merge()
+    reduced, kept, extremes = reduction.results()
+    return reduced, named["rows_out"], kept, extremes
 
 
 class _Gradients:
@@ -341,14 +355,15 @@ def row_program_backward(
 ):
     """Device implementation of the op `scalegmn_fast::row_program_backward`.
 
-    Args: the op's; reduced, kept and extremes are not read. Returns the gradients of the wanted tensors, each in its
-    own dtype, and empty tensors of shape [0] for the others. As `row_program` otherwise.
+    Args: the op's; kept and extremes as the forward pass gave them. Returns the gradients of the wanted tensors, each
+    in its own dtype, and empty tensors of shape [0] for the others. As `row_program` otherwise.
     """
     planned = plan_of(tensors, indices, bounds, code, constants, wanted)
     tensors, indices = _contiguous(tensors), _contiguous(indices)
     wide, like = _wide(tensors), tensors[0]
     dtype = result_dtype(tensors, code, len(bounds) - 1)
     named = _named(tensors, indices, None if ptr is None else ptr.contiguous(), seed)
+    named |= {"kept_stats": kept.contiguous(), "extremes": extremes.contiguous()}
     named |= {"grad_rows": grad_rows.to(dtype).contiguous(), "grad_reduced": grad_reduced.to(dtype).contiguous()}
     gradients = _Gradients(tensors, indices, bounds, planned, wide)
     with torch.cuda.device_of(like):

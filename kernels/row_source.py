@@ -20,7 +20,7 @@ import triton.language as tl
 
 from scalegmn_fast.reference.row_program import ACTIVATIONS, Step
 
-from . import row_steps
+from . import row_reductions, row_steps
 from .activations import activate, activation_derivative
 from .tiles import next_power_of_2
 
@@ -44,13 +44,14 @@ class Operand:
 class Request:
     """What the kernels of a section depend on; the numbers of steps, tensors and indices are the program's.
 
-    written, reduced: steps, -1: none; result: type of both; acc: arithmetic type; precision: of float32 products;
-    wanted: tensors whose gradients the backward kernel computes.
+    written, reduced: steps, -1: none; reduction: of the latter; result: type of both; acc: arithmetic type; precision:
+    of float32 products; wanted: tensors whose gradients the backward kernel computes.
     """
 
     steps: tuple[Step, ...]
     written: int
     reduced: int
+    reduction: str
     operands: tuple[Operand, ...]
     indices: tuple[tuple[int, str], ...]
     result: str
@@ -311,6 +312,33 @@ class _Writer:
                 return a + get(step.b)
         raise UnsupportedError(f"step {number} is {step.op}")
 
+    # -- results
+
+    def result_pointers(self, names):
+        """(name, type) of arguments of these names that hold results, their gradients, and what a reduction keeps."""
+        acc, result = "*" + _short(self.request.acc), "*" + self.request.result
+        types = {"holds": "*i64", "partial": acc, "partial_rows": "*i32", "kept_stats": acc, "extremes": "*i32"}
+        return [(name, types.get(name, result)) for name in names]
+
+    def write(self, number, x):
+        """Stores rows; returns the arguments that this takes."""
+        for name, (first, count, _) in zip(x, self.layout(number), strict=True):
+            self.line(f"store_rows(rows_out, row, inside, {name}, {self.width(number)}, {first}, {count})")
+        return self.result_pointers(["rows_out"])
+
+    def reduce(self, number, x):
+        """Reduces rows per segment of the tile; returns the arguments that this takes."""
+        if self.request.reduction == "statistics":
+            function, names = "summarize", ["reduced", "kept_stats", "extremes", "partial", "partial_rows"]
+        else:
+            function, names = "add_up", ["reduced", "partial"]
+        self.line("rank = ranks_of(ptr, segment, row, inside)")
+        where = f"ptr, segment, rank, row, end, {', '.join(names)}, first_tile + tile, {self.width(number)}"
+        for name, (first, count, _) in zip(x, self.layout(number), strict=True):
+            self.line(f"{function}({name}, {where}, {first}, {count})")
+        self.line("note_parts(ptr, segment, row, inside, end, holds, first_tile + tile)")
+        return self.result_pointers([*names, "holds"])
+
     # -- the whole
 
     def prologue(self, lines):
@@ -360,8 +388,9 @@ def _precision(request):
 def forward_source(request):
     """`Source` of a section's forward kernel: one tile of request.block rows per program.
 
-    Arguments after the inputs: rows_out [*, d'], reduced [S, d], partial and holds (see `row_steps.add_up`), as far as
-    the section has them; begin, end; segments, steps (`find_segment`'s) and first_tile, the number of its first tile.
+    Arguments after the inputs: rows_out [*, d'], reduced [S, d] with what else the reduction writes (`row_reductions`),
+    as far as the section has them; begin, end; segments, steps (`find_segment`'s) and first_tile, the number of its
+    first tile.
     """
     writer = _Writer(request)
     values = {}
@@ -374,19 +403,11 @@ def forward_source(request):
     outputs = []
     written, reduced = request.written, request.reduced
     # In the order of the steps, so that a result is stored before the next branch begins.
-    for number in sorted(number for number in (written, reduced) if number >= 0):
-        names, width = get(number), writer.width(number)
+    for number in sorted({number for number in (written, reduced) if number >= 0}):
         if number == written:
-            outputs.append(("rows_out", "*" + request.result))
-            for name, (first, count, _) in zip(names, writer.layout(number), strict=True):
-                writer.line(f"store_rows(rows_out, row, inside, {name}, {width}, {first}, {count})")
+            outputs += writer.write(number, get(number))
         if number == reduced:
-            outputs += [("reduced", "*" + request.result), ("partial", "*" + _short(request.acc)), ("holds", "*i64")]
-            writer.line("rank = ranks_of(ptr, segment, row)")
-            for name, (first, count, _) in zip(names, writer.layout(number), strict=True):
-                where = "ptr, segment, rank, row, inside, end, reduced, partial, first_tile + tile"
-                writer.line(f"add_up({name}, {where}, {width}, {first}, {count})")
-            writer.line("note_parts(ptr, segment, row, end, holds, first_tile + tile)")
+            outputs += writer.reduce(number, get(number))
     scalars = writer.scalars() + ([("first_tile", "i64")] if reduced >= 0 else [])
     arguments = (*writer.inputs(), *outputs, *scalars)
     names = ", ".join(name for name, _ in arguments)
@@ -633,19 +654,33 @@ class _Backward(_Writer):
         self.give(step.a, self.each(f"({{}} - {{}} * {along}[:, None]) * {slope}[:, None]", grad, unit))
 
     def output_grads(self):
-        """Reads the gradients of the results; yields the arguments that this takes."""
-        acc, width = self.request.acc, self.width
-        for number, name, at in (
-            (self.request.written, "grad_rows", "row"),
-            (self.request.reduced, "grad_reduced", "segment"),
-        ):
-            if number < 0 or not self.wants[number]:
-                continue
-            yield (name, "*" + self.request.result)
-            self.give(number, [
-                self.new(f"load_rows({name}, {at}, inside, {width(number)}, {first}, {count}, {cols}, {acc})", "g")
-                for first, count, cols in self.layout(number)
+        """Reads the gradients of the results; returns the arguments that this takes."""
+        written, reduced = self.request.written, self.request.reduced
+        names = []
+        if written >= 0 and self.wants[written]:
+            names.append("grad_rows")
+            self.give(written, self.rows_at("grad_rows", "row", written))
+        if reduced < 0 or not self.wants[reduced]:
+            return self.result_pointers(names)
+        names.append("grad_reduced")
+        if self.request.reduction == "statistics":
+            names += ["kept_stats", "extremes"]
+            where = f"grad_reduced, kept_stats, extremes, ptr, segment, row, inside, {self.width(reduced)}"
+            self.give(reduced, [
+                self.new(f"statistics_backward({x}, {where}, {first}, {count})", "g")
+                for x, (first, count, _) in zip(self.recomputed(reduced, {}), self.layout(reduced), strict=True)
             ])  # fmt: skip
+        else:
+            self.give(reduced, self.rows_at("grad_reduced", "segment", reduced))
+        return self.result_pointers(names)
+
+    def rows_at(self, table, at, number):
+        """The rows `at` of a table in the parts of a step's rows."""
+        acc, width = self.request.acc, self.width(number)
+        return [
+            self.new(f"load_rows({table}, {at}, inside, {width}, {first}, {count}, {cols}, {acc})", "g")
+            for first, count, cols in self.layout(number)
+        ]
 
     def keep(self):
         """The forward statements that compute and keep what `recomputed` reads."""
@@ -679,7 +714,7 @@ def backward_source(request):
             stages.append(writer.lines)
             writer.lines = []
 
-    outputs = list(writer.output_grads())
+    outputs = writer.output_grads()
     for number in reversed(range(len(request.steps))):
         if request.steps[number].op == "linear":
             end_stage()
@@ -725,7 +760,8 @@ def compiled(source):
     # Where Triton, which parses the text of functions, looks for it.
     linecache.cache[file] = (len(source.text), None, source.text.splitlines(True), file)
     namespace = {"triton": triton, "tl": tl, "activate": activate, "activation_derivative": activation_derivative}
-    namespace |= {key: value for key, value in vars(row_steps).items() if isinstance(value, type(activate))}
+    for module in (row_steps, row_reductions):
+        namespace |= {key: value for key, value in vars(module).items() if isinstance(value, type(activate))}
     namespace["__name__"] = "scalegmn_fast.kernels.row_program_generated"
     exec(compile(source.text, file, "exec"), namespace)
     return tuple(namespace[name] for name in source.kernels)

@@ -1,4 +1,4 @@
-"""What the kernels that `row_source` writes call: tiles of rows, products, norms, dropout, sums per segment.
+"""What the kernels that `row_source` writes call: tiles of rows, products, norms, dropout.
 
 Tiles are [BLOCK, COLS] in the arithmetic type, of which COUNT columns hold numbers; the others are 0, in values and in
 gradients alike. Rows outside of a program's section hold whatever comes of 0; they are never stored or added up, and
@@ -8,7 +8,6 @@ their gradients are 0.
 import triton
 import triton.language as tl
 
-from .segment_reduce import find_segment
 from .tiles import LAYER_NORM_EPS
 
 EPS = tl.constexpr(LAYER_NORM_EPS)
@@ -199,51 +198,3 @@ def dropped(x, seed, row, STREAM: tl.constexpr, P: tl.constexpr, THRESHOLD: tl.c
     column = (FIRST + tl.arange(0, x.shape[1])).to(tl.uint32)
     hashed = _mix(_mix(hashed + row.to(tl.uint32))[:, None] + column[None, :])
     return tl.where(hashed >= THRESHOLD, x / (1 - P), 0.0)
-
-
-@triton.jit
-def segments_of(ptr, row, end, segments, steps):
-    """The segment of each row, int64; of rows from `end` on that of the row before it."""
-    return find_segment(ptr, tl.minimum(row, end - 1), segments, steps)
-
-
-@triton.jit
-def ranks_of(ptr, segment, row):
-    """The place of each row's segment among those of the tile."""
-    first = (tl.load(ptr + segment) == row) | (row == tl.min(row))
-    return tl.cumsum(first.to(tl.int32), 0) - 1
-
-
-@triton.jit
-def add_up(
-    value, ptr, segment, rank, row, inside, end, reduced, partial, tile,
-    WIDTH: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    """Sums per segment of the tile: to reduced [S, WIDTH] if the tile has all of its rows, else to partial.
-
-    partial [tiles, 2, WIDTH]: the part of the segment that began before the tile, and of the one that ends after it.
-    """
-    col = FIRST + tl.arange(0, value.shape[1])
-    mask = tl.arange(0, value.shape[1]) < COUNT
-    tile_begin = tl.min(row)
-    tile_end = tl.minimum(tile_begin + value.shape[0], end)
-    for k in range(0, tl.max(tl.where(inside, rank, -1)) + 1):
-        mine = inside & (rank == k)
-        at = tl.max(tl.where(mine, segment, -1))
-        total = tl.sum(tl.where(mine[:, None], value, 0.0), 0)
-        begins = tl.load(ptr + at) >= tile_begin
-        if begins & (tl.load(ptr + at + 1) <= tile_end):
-            tl.store(reduced + at * WIDTH + col, total.to(reduced.dtype.element_ty), mask=mask)
-        else:
-            tl.store(partial + (2 * tile + begins) * WIDTH + col, total, mask=mask)
-
-
-@triton.jit
-def note_parts(ptr, segment, row, end, holds, tile):
-    """holds [tiles, 2]: the segments whose parts `add_up` writes for the tile, -1 where there is none."""
-    tile_begin = tl.min(row)
-    tile_end = tl.minimum(tile_begin + row.shape[0], end)
-    first, last = tl.min(segment), tl.max(segment)
-    tl.store(holds + 2 * tile, tl.where(tl.load(ptr + first) < tile_begin, first, -1))
-    open_end = (tl.load(ptr + last) >= tile_begin) & (tl.load(ptr + last + 1) > tile_end)
-    tl.store(holds + 2 * tile + 1, tl.where(open_end, last, -1))

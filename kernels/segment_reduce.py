@@ -70,7 +70,7 @@ def find_segment(ptr, slot, segments, steps):
 
 
 @triton.jit
-def _exceeds(value, best, best_at):
+def exceeds(value, best, best_at):
     """Whether `value` replaces `best`: it is larger, the first NaN, or the first value at all (best_at < 0)."""
     return (value > best) | ((value != value) & (best == best)) | (best_at < 0)
 
@@ -128,18 +128,18 @@ def _scan(
                 mean += tl.where(valid, delta / (k + 1), 0.0)
                 squares += tl.where(valid, delta * (shifted - mean), 0.0)
             if MIN:
-                better = valid & _exceeds(-value, low, low_at)
+                better = valid & exceeds(-value, low, low_at)
                 low = tl.where(better, -value, low)
                 low_at = tl.where(better, k, low_at)
             if MAX:
-                better = valid & _exceeds(value, high, high_at)
+                better = valid & exceeds(value, high, high_at)
                 high = tl.where(better, value, high)
                 high_at = tl.where(better, k, high_at)
     return total, mean, squares, low, low_at, high, high_at
 
 
 @triton.jit
-def _fold_moments(length, mean, squares):
+def fold_moments(length, mean, squares):
     """Merges the lanes' means and sums of squared deviations [lanes, columns] into [1, columns]; length [lanes, 1]."""
     n = tl.maximum(tl.sum(length, 0, keep_dims=True), 1.0)
     merged = tl.sum(length * mean, 0, keep_dims=True) / n
@@ -148,7 +148,7 @@ def _fold_moments(length, mean, squares):
 
 
 @triton.jit
-def _fold_best(best, at):
+def fold_best(best, at):
     """Merges the lanes' largest values and where they were first seen into [1, columns]; the first place wins ties."""
     LARGEST: tl.constexpr = 2**62 if at.dtype == tl.int64 else 2**31 - 1
     some = at >= 0
@@ -263,18 +263,18 @@ def chunks_kernel(
                 tl.store(to, tl.sum(total, 0, keep_dims=True), mask=col_mask)
                 to += width
             if has("var std offset", REDUCE):
-                mean, squares = _fold_moments(length.to(ACC)[:, None], mean, squares)
+                mean, squares = fold_moments(length.to(ACC)[:, None], mean, squares)
                 tl.store(to, mean, mask=col_mask)
                 tl.store(to + width, squares, mask=col_mask)
                 to += 2 * width
             if has("min", REDUCE):
-                low, low_at = _fold_best(low, tl.where(low_at < 0, -1, low_at * BLOCK_LANES + lane[:, None]))
+                low, low_at = fold_best(low, tl.where(low_at < 0, -1, low_at * BLOCK_LANES + lane[:, None]))
                 tl.store(to, low, mask=col_mask)
                 tl.store(at_to, low_at, mask=col_mask)
                 to += width
                 at_to += width
             if has("max", REDUCE):
-                high, high_at = _fold_best(high, tl.where(high_at < 0, -1, high_at * BLOCK_LANES + lane[:, None]))
+                high, high_at = fold_best(high, tl.where(high_at < 0, -1, high_at * BLOCK_LANES + lane[:, None]))
                 tl.store(to, high, mask=col_mask)
                 tl.store(at_to, high_at, mask=col_mask)
 
@@ -332,7 +332,7 @@ def merge_kernel(
                 if has("min", REDUCE):
                     value = tl.load(at, mask=mask, other=0.0)
                     slot = piece_begin[:, None] + tl.load(at_at, mask=mask, other=0)
-                    better = valid & _exceeds(value, low, low_slot)
+                    better = valid & exceeds(value, low, low_slot)
                     low = tl.where(better, value, low)
                     low_slot = tl.where(better, slot, low_slot)
                     at += width
@@ -340,16 +340,16 @@ def merge_kernel(
                 if has("max", REDUCE):
                     value = tl.load(at, mask=mask, other=0.0)
                     slot = piece_begin[:, None] + tl.load(at_at, mask=mask, other=0)
-                    better = valid & _exceeds(value, high, high_slot)
+                    better = valid & exceeds(value, high, high_slot)
                     high = tl.where(better, value, high)
                     high_slot = tl.where(better, slot, high_slot)
             total = tl.sum(total, 0, keep_dims=True)
             if has("var std offset", REDUCE):
-                mean, squares = _fold_moments(n, mean, squares)
+                mean, squares = fold_moments(n, mean, squares)
             if has("min", REDUCE):
-                low, low_slot = _fold_best(low, low_slot)
+                low, low_slot = fold_best(low, low_slot)
             if has("max", REDUCE):
-                high, high_slot = _fold_best(high, high_slot)
+                high, high_slot = fold_best(high, high_slot)
             own = segment + tl.zeros([1], tl.int64)
             _store_segments(
                 out, arg, order, own, end - begin + tl.zeros([1], tl.int64), col_mask, col, width,

@@ -27,7 +27,7 @@ OPS = {
     "row_program": ("cpp", "triton", "cuda"),
 }
 # Reductions that a backend's row programs do not have.
-LACKS = {"triton": ("statistics", "attention")}
+LACKS = {"triton": ("attention",)}
 
 DTYPES = {
     "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),

@@ -13,7 +13,12 @@ triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 BROKEN = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
-MODULES = ("test_kernels_row_program", "test_kernels_segment_reduce", "test_kernels_symmetrize")
+MODULES = (
+    "test_kernels_row_program",
+    "test_kernels_row_reductions",
+    "test_kernels_segment_reduce",
+    "test_kernels_symmetrize",
+)
 
 
 @pytest.fixture(scope="module")
