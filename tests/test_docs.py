@@ -1,5 +1,7 @@
 """The documentation: marked code blocks run, links lead somewhere, every page is in the navigation."""
 
+import importlib
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -81,6 +83,16 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     listed = re.findall(r"^ +- .*: (\S+\.md)$", navigation, re.MULTILINE)
     assert sorted(listed) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md"))
+
+
+@pytest.mark.parametrize("package", ["graph", "models", "interop", "train", "data", "ops", "nn", "testing"])
+def test_the_reference_lists_every_public_name(package):
+    text, module = (ROOT / "docs/reference.md").read_text(), importlib.import_module(f"scalegmn_fast.{package}")
+    listed = set(re.findall(rf"^::: scalegmn_fast\.{package}\.(?:\w+\.)*(\w+)$", text, re.MULTILINE))
+    public = {name for name in module.__all__ if callable(getattr(module, name))}
+    assert public <= listed
+    for name in public:
+        assert inspect.getdoc(getattr(module, name)), f"{name} has no docstring"
 
 
 def test_figures_are_drawn_for_their_page(tmp_path):

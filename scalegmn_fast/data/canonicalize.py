@@ -75,7 +75,7 @@ def _sine_factors(
 def _relu_factors(
     incoming: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`_sine_factors`."""
+    """As `_sine_factors`."""
     norm = torch.cat([incoming, bias.unsqueeze(2)], dim=2).norm(dim=2)
     # A norm that is 1 to rounding is left alone, so that a second pass changes no bit.
     norm = torch.where(((norm - 1.0).abs() <= _ROUNDINGS * torch.finfo(dtype).eps) | (norm == 0), 1.0, norm)

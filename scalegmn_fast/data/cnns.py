@@ -7,7 +7,7 @@ array                 shape              meaning
                                          weight and then the bias, as PyTorch has them
 ``offset``            [n + 1] int64      where each network begins, and the end of the last
 ``architecture``      [n] int64          which entry of ``metadata["architectures"]`` describes the network
-``label``, ``split``  [n]                as in :mod:`scalegmn_fast.data.packed`
+``label``, ``split``  [n]                as in `scalegmn_fast.data.packed`
 any other name        [n, ...]           further numbers per network
 ====================  =================  ==============================================================================
 
@@ -140,7 +140,7 @@ class PackedCnns:
     ``len(ds)``; ``ds.labels``, ``ds.splits``, ``ds.split(name)``, ``ds.metadata``, ``ds.extra(name)`` as for
     `PackedDataset`. ``ds.layout``: the channels and neurons per layer that all networks have, None where they differ;
     ``ds.ends``: input channels and outputs of every network; ``ds.hidden_layers``: of the deepest; ``ds.kernel_size``:
-    of the largest. ``batch`` makes graphs with `scalegmn_fast.graph.from_cnns`; :meth:`as_read` sets how.
+    of the largest. ``batch`` makes graphs with `scalegmn_fast.graph.from_cnns`; `as_read` sets how.
 
     Raises FileNotFoundError, or ValueError that names the file and what is wrong in it.
     """

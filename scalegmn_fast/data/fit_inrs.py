@@ -226,7 +226,7 @@ def fit_networks(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Fit C networks: (parameters float32 [C, parameters], mean squared error float32 [C]).
 
-    ``starts`` float32 [C, parameters] as from :func:`initial_parameters`; ``targets`` float32 [C, height * width,
+    ``starts`` float32 [C, parameters] as from `initial_parameters`; ``targets`` float32 [C, height * width,
     channels] from 0 to 1, row-major; ``shape`` (height, width). Bitwise reproducible on one machine with one thread.
     None where ``should_stop()`` became true.
     """
@@ -351,7 +351,7 @@ def fit_inrs(
 
     Network k of the output belongs to image k mod n and is copy k // n of it, its start a function of (seed, k mod n, k
     // n). Copies of an image are in its split. Splits that the source lacks are drawn at random (see
-    :func:`scalegmn_fast.data.draw_splits`). Extras of the file: ``psnr`` float32 and ``image_index`` int64.
+    `scalegmn_fast.data.draw_splits`). Extras of the file: ``psnr`` float32 and ``image_index`` int64.
 
     Finished chunks are kept in ``<output>.partial``: after a crash or an interruption the same call goes on from there,
     and the bytes of the output are those of an uninterrupted run (on one machine; the number of threads does not

@@ -255,13 +255,13 @@ def _describe_not_finite(values: torch.Tensor) -> str:
 class PackedDataset:
     """A packed dataset, memory-mapped: opening reads the header, the labels and the splits, not the networks.
 
-    ``path`` is a .safetensors or .npz file written by :func:`write_packed`. Raises FileNotFoundError where there is
+    ``path`` is a .safetensors or .npz file written by `write_packed`. Raises FileNotFoundError where there is
     none, ValueError that names the file and the array for truncated or foreign files and inconsistent shapes. NaN and
-    Inf in the networks are found by :meth:`validate`, which reads the whole file (and by :func:`write_packed`, which
+    Inf in the networks are found by `validate`, which reads the whole file (and by `write_packed`, which
     writes none).
 
     ``len(ds)``; ``ds.layout``: layer sizes ``(n_0, ..., n_L)``; ``ds.metadata``: dict; ``ds.labels``: int64 [n] or
-    float32 [n]; ``ds.splits``: uint8 [n]; ``ds.extras``: names of the further arrays, read with :meth:`extra`.
+    float32 [n]; ``ds.splits``: uint8 [n]; ``ds.extras``: names of the further arrays, read with `extra`.
     Instances can be pickled (each process maps the file anew) and read from several threads at once.
     """
 
@@ -373,7 +373,7 @@ class PackedDataset:
     def batch(self, indices: slice | torch.Tensor | np.ndarray | Sequence[int], statistics=None):
         """``(GraphBatch, labels)`` of the networks ``indices``.
 
-        ``statistics`` is a :class:`LayerStatistics` that normalises weights and biases first. Input neurons get
+        ``statistics`` is a `LayerStatistics` that normalises weights and biases first. Input neurons get
         ``metadata["input_value"]`` (1 where it is not given).
         """
         from scalegmn_fast.graph import GraphBatch

@@ -130,7 +130,7 @@ class LayerStatistics:
     def denormalize(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """``value * std + mean``: undoes :meth:`normalize`."""
+        """``value * std + mean``: undoes `normalize`."""
         self._check(weights, biases)
         return (
             [w * s.to(w) + m.to(w) for w, m, s in zip(weights, self.weight_mean, self.weight_std, strict=True)],
@@ -147,7 +147,7 @@ class LayerStatistics:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, dict[str, list[torch.Tensor]]]) -> LayerStatistics:
-        """From :meth:`state_dict`, or from the contents of a published statistics file.
+        """From `state_dict`, or from the contents of a published statistics file.
 
         The published statistics of CNNs hold one number per kernel tap, [height, width], and a single one for linear
         layers; they become [1, 1, d_e] with d_e = height * width of the largest kernel, a linear layer's number
@@ -179,13 +179,13 @@ class LayerStatistics:
         return cls(*([shaped(kind, moment, v) for v in values] for kind, moment, values in parts))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write :meth:`state_dict` to a .pth file, atomically."""
+        """Write `state_dict` to a .pth file, atomically."""
         with atomic_write(path) as handle:
             torch.save(self.state_dict(), handle)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LayerStatistics:
-        """From a .pth file of :meth:`save` or a published one; never runs code from the file (``weights_only``)."""
+        """From a .pth file of `save` or a published one; never runs code from the file (``weights_only``)."""
         from .formats import load_pth
 
         state = load_pth(path)

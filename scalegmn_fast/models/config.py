@@ -122,7 +122,7 @@ _CHOICES = {
 
 @dataclass
 class ScaleGMNConfig:
-    """A new model's configuration: exact behaviour by default (see the spec's departures).
+    """A new model's configuration: exact behaviour by default (docs/models.md).
 
     Attributes:
         layout: layer sizes of the networks to be read; mixed batches share the first and last.

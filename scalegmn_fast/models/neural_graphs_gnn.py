@@ -101,7 +101,7 @@ class GNNForClassification(_Gnn):
 class GNNForGeneralization(_Gnn):
     """NG-GNN of networks of varying architectures: [B, d_out].
 
-    Args, beside those of `GNNForClassification`:
+    Args: those of `GNNForClassification`, and
         graph_constructor: arguments of `nn.VaryingGraphFeatures` but for the widths and those below.
         gnn_backbone: with ``deg``, the histogram of degrees.
         input_channels, num_classes: input and output neurons of every network.
@@ -153,11 +153,11 @@ class GNNParams(_Gnn, Editor):
     """NG-GNN that edits networks: ``(weights, biases)`` in the shapes of `GraphBatch.from_weights`, with d_out numbers
     each (a list of pairs for a batch of several layouts).
 
-    Args, beside those of `GNNForClassification`:
+    Args: those of `GNNForClassification`, and
         stats: see `nn.LayerStatistics`; override those of the ``graph_constructor``.
         normalize: return ``out * std + mean``.
         out_scale: initial factor of every layer.
-        exact_bias_readout: see the module.
+        exact_bias_readout: read the new bias of a neuron from that neuron, unlike the original (docs/models.md).
     """
 
     exact_layout = True

@@ -155,7 +155,7 @@ class RelationalTransformer(_TransformerClassifier):
 class DynamicRelationalTransformer(_TransformerClassifier):
     """NG-T of networks of varying architectures: [B, d_out].
 
-    Args, beside those of `RelationalTransformer`:
+    Args: those of `RelationalTransformer`, and
         d_in: numbers per bias.
         graph_constructor: arguments of `nn.VaryingGraphFeatures` but for the widths and those below.
         input_channels, num_classes, layer_layout: as for `GNNForGeneralization`.

@@ -105,6 +105,8 @@ class InvariantLayer(Canonicalization):
         d_extra: width of p (0: none).
         final_mlp: whether there is a phi.
         eps: of the scale canonicalisation.
+
+    Shapes: x [R, d_in], extra [R, d_extra] -> [R, d_out]. Invariant: multiplying a row of x by its q changes nothing.
     """
 
     def __init__(
@@ -168,6 +170,11 @@ class InvariantNet(SymmetryPair):
     Args:
         num_mlps: 2: ``phi_in`` on first and last rows; 3: ``phi_in`` on first, ``phi_last`` on last rows.
         others: see `InvariantLayer`.
+
+    Shapes: x [R, d_in], extra [R, d_extra] -> [R, d_out].
+
+    Raises:
+        ValueError: ``num_mlps`` other than 2 or 3 with ``equiv_on_hidden``.
     """
 
     def __init__(
@@ -214,7 +221,13 @@ class InvariantNet(SymmetryPair):
 
 
 class EquivariantLayer(PlannedModule):
-    """``(W x) * g(x, p)``: scales with x. W has no bias."""
+    """``(W x) * g(x, p)``: scales with x. W has no bias.
+
+    Arguments as of `EquivariantNet`; ``equiv_on_hidden`` and ``num_mlps`` are those of g, an `InvariantNet` (an
+    `MlpNet` for the symmetry ``permutation``).
+
+    Shapes: x [R, d_in], extra [R, d_extra] -> [R, d_out].
+    """
 
     def __init__(
         self,

@@ -290,7 +290,7 @@ def _rows_or_zero(table: Tensor, number: Tensor) -> Tensor:
 class VaryingGraphFeatures(_GraphFeatures):
     """Node and edge features of networks whose depths, widths and activations vary.
 
-    Args, beside those of `GraphFeatures`:
+    Args: those of `GraphFeatures`, and
         max_num_hidden_layers, input_channels, num_classes: sizes of the positional embedding, one row per input neuron,
             hidden layer and output neuron.
         flattening_method: how the batch was made; "repeat_nodes" adds a spatial embedding per pixel to the neurons that

@@ -198,7 +198,7 @@ class CarriedMessage(SymmetryPair, MessageProduct):
 
     j is the receiver (the edge's source neuron), i the sender, ``m_ij = (w_e e_ij) * (w_v x_j)`` the product that runs
     along the edge and scales with q_i like x_i; c is taken jointly over the pair, so the gate is invariant and the
-    message scales with q_j. Exact for ``scale`` and ``hetero`` without dividing by weights (spec, departure 1).
+    message scales with q_j. Exact for ``scale`` and ``hetero`` without dividing by weights.
     """
 
     def __init__(
@@ -248,7 +248,13 @@ class CarriedMessage(SymmetryPair, MessageProduct):
 
 
 class PlainMessage(Message):
-    """``mlp([e_ij, x_j])``, aggregated per receiver: no symmetry but permutations."""
+    """``mlp([e_ij, x_j])``, aggregated per receiver: no symmetry but permutations.
+
+    Args:
+        d_hid: width of node features, edge features and messages.
+        aggregator: ``add``, ``mean`` or ``max``.
+        mlp_args: arguments of `Mlp`.
+    """
 
     def __init__(self, d_hid: int, aggregator: str, mlp_args: dict):
         super().__init__()
@@ -265,7 +271,10 @@ class PlainMessage(Message):
 
 
 class SineUpdate(PlannedModule):
-    """``sin(30 W x)``: the node update that acts like a SIREN layer (``update_as_act``). Odd, so sign-equivariant."""
+    """``sin(30 W x)``: the node update that acts like a SIREN layer (``update_as_act``). Odd, so sign-equivariant.
+
+    Shapes: x [N, d_in] -> [N, d_out].
+    """
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()

@@ -12,7 +12,7 @@ ACTIVATIONS = ("elu", "relu", "silu", "tanh", "sigmoid", "sine", "identity")
 
 
 class Mlp(PlannedModule):
-    """Linear layers of widths ``d_k + [out_features]``; between them [LayerNorm] [BatchNorm] activation, dropout.
+    """Linear layers of widths ``d_k + [out_features]``; between them norms, activation, dropout.
 
     Args:
         in_features, out_features: widths.

@@ -56,7 +56,12 @@ class InvariantReadout(SymmetryPair):
 
 
 class DeepSet(PlannedModule):
-    """``global_mlp(sum over neurons of local_mlp(x))``: the readout of the ``permutation`` symmetry."""
+    """``global_mlp(sum over neurons of local_mlp(x))``: the readout of the ``permutation`` symmetry.
+
+    Args:
+        d_in, d_rho, d_out: widths of node features, of the sum and of the result.
+        mlp_args: arguments of `Mlp`.
+    """
 
     def __init__(self, d_in: int, d_rho: int, d_out: int, mlp_args: dict):
         super().__init__()

@@ -27,7 +27,7 @@ class GatheredRows(NamedTuple):
 
 
 class MappedRows(NamedTuple):
-    """``hidden @ weight.T + bias``: a linear layer not yet applied."""
+    """``hidden @ weight.T + bias``, a linear layer not yet applied: hidden [R, k], weight [d, k], bias [d] or None."""
 
     hidden: Tensor
     weight: Tensor

@@ -1,6 +1,6 @@
 """ScaleGMN written out naively: the oracle that the models are tested against.
 
-One pure function, :func:`scalegmn`, over a state dict. Every row takes every branch and masks choose; nothing is
+One pure function, `scalegmn`, over a state dict. Every row takes every branch and masks choose; nothing is
 hoisted, shared, partitioned or fused, so that each line can be read against the definition of the method.
 
 Source: Kalogeropoulos, Bouritsas, Panagakis, "Scale Equivariant Graph Metanetworks", NeurIPS 2024 (arXiv 2406.10685).

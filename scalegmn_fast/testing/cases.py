@@ -69,7 +69,7 @@ def random_network(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(weights, biases) of ``batch`` networks: :func:`random_weights`, then :func:`random_biases`."""
+    """(weights, biases) of ``batch`` networks: `random_weights`, then `random_biases`."""
     options = {"generator": generator, "dtype": dtype, "device": device}
     return random_weights(layout, batch, d_e=d_e, **options), random_biases(layout, batch, **options)
 

@@ -68,7 +68,7 @@ def scale_hidden(
     """Multiplies hidden neuron k of hidden layer l by ``scales[l][b, k]``: incoming weights and bias times it, outgoing
     weights divided by it.
 
-    Shapes, result and errors as :func:`permute_hidden`; ``scales`` floating [B, n], non-zero.
+    Shapes, result and errors as `permute_hidden`; ``scales`` floating [B, n], non-zero.
     """
     _check_count("scales", scales, weights)
     weights, biases = list(weights), list(biases)
@@ -82,7 +82,7 @@ def scale_hidden(
 def flip_signs(
     weights: Sequence[Tensor], biases: Sequence[Tensor], signs: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """:func:`scale_hidden` by signs; exact in every floating type.
+    """`scale_hidden` by signs; exact in every floating type.
 
     Raises:
         ValueError: an entry of ``signs`` is neither 1 nor -1.
@@ -145,7 +145,7 @@ def act(
     weights: Sequence[Tensor], biases: Sequence[Tensor], element: GroupElement
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The network after ``element``: permuted, then scaled. The function it computes is unchanged where its activations
-    have the symmetry. Shapes and errors as :func:`permute_hidden`."""
+    have the symmetry. Shapes and errors as `permute_hidden`."""
     return scale_hidden(*permute_hidden(weights, biases, element.permutations), element.scales)
 
 
@@ -172,7 +172,7 @@ def equivariance_error(
 
     Args:
         model: a module over ``GraphBatch``, or a function ``(weights, biases, sign_mask) -> output``.
-        weights, biases: as :func:`permute_hidden`.
+        weights, biases: as `permute_hidden`.
         element: the group element to apply.
         sign_mask: bool [B] or [B, neurons]; moved along with the network.
         input_value: feature of the input neurons, for a module.

@@ -81,7 +81,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """Sets the generators to what :func:`capture_rng` returned; CUDA's only where as many devices are present."""
+    """Sets the generators to what `capture_rng` returned; CUDA's only where as many devices are present."""
     torch.set_rng_state(state["torch"])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))

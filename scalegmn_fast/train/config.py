@@ -56,7 +56,7 @@ def load_config(source: str | os.PathLike | Mapping) -> dict:
     or ``mnist_cls/pna``.
 
     A ``model`` that is a published Neural Graphs name becomes its dictionary. Returns a new plain dict; the argument is
-    not changed. Numbers are converted later, by :func:`validate_config`. Raises FileNotFoundError where ``source`` is
+    not changed. Numbers are converted later, by `validate_config`. Raises FileNotFoundError where ``source`` is
     neither a file nor a published name, ValueError where the file is not YAML or holds no mapping.
     """
     if isinstance(source, Mapping):

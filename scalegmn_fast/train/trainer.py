@@ -127,7 +127,7 @@ class Trainer:
 
     Args:
         model: module from a GraphBatch to [B, d_out]; None: the configuration's, made after seeding.
-        dataset: a :class:`~scalegmn_fast.data.PackedDataset`, a :class:`~scalegmn_fast.data.PackedCnns`, or anything
+        dataset: a `PackedDataset`, a `PackedCnns`, or anything
             with its ``batch``, ``weights``, ``split``, ``labels``, ``layout`` and ``len``.
         config: a whole configuration (dict, YAML path or published name); see ``validate_config``.
         out: directory of the run: ``last.pt``, ``best.pt``, ``metrics.json``, PNG files.
