@@ -32,11 +32,11 @@ OWN = "its own batch"
 
 
 class Theirs:
-    """The original's model of a configuration."""
+    """The original's model of a configuration, or of one that ``change`` changed."""
 
-    def __init__(self, root: str, name: str):
+    def __init__(self, root: str, name: str, change: Callable[[dict], object] | None = None):
         self.original = Original(root)
-        self.config = self.original.config(name)
+        self.config = self.original.config(name, change)
         torch.manual_seed(0)
         self.model = self.original.model(self.config)
         randomize_parameters(self.model, spread=0.1, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -54,12 +54,15 @@ class Original:
             for name in ("scalegmn.models", "data.data_utils", "scalegmn.graph_init", "utils.helpers")
         )
 
-    def config(self, name: str) -> dict:
-        """A configuration file by its published name, completed as the original's scripts do."""
+    def config(self, name: str, change: Callable[[dict], object] | None = None) -> dict:
+        """A configuration file by its published name, changed, and completed as the original's scripts do."""
         import yaml
 
         text = (self.root / "configs" / f"{name}.yml").read_text()
-        config = self._helpers.update_common_args(yaml.safe_load(text.replace(MALFORMED, "")))
+        config = yaml.safe_load(text.replace(MALFORMED, ""))
+        if change is not None:
+            change(config)
+        config = self._helpers.update_common_args(config)
         config["scalegmn_args"]["layer_layout"] = config["data"]["layer_layout"]
         return config
 

@@ -70,8 +70,9 @@ SECTIONS = (
         scaling.page,
         plots.scaling,
         "Large networks",
-        "`python -m bench.scaling`. One network of growing width, read by `mnist_cls/scalegmn` at 64 hidden features, "
-        "float32. A size that fails is named with the reason.",
+        "`python -m bench.scaling [--scalegmn CHECKOUT]`. One network of growing width, read by `mnist_cls/scalegmn` at "
+        "64 hidden features, float32; the original's memory up to the size at which it fails. A size that fails is "
+        "named with the reason.",
     ),
     (
         "ops",

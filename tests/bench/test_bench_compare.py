@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 
-from bench import compare_original, comparison, configs, report
+from bench import compare_original, comparison, configs, report, scaling
 from bench.original import UNUSED_BY_MODELS
 from scalegmn_fast.models import published_config
 
@@ -102,6 +102,16 @@ def test_other_outputs_are_not_timed(stand_in):
     row = compare_original.compare(stand_in(2.0), "mnist_cls/scalegmn", 2, "float32", "eager", rounds=2, seconds=60.0)
     assert row["failed"] == "outputs differ by 5.0e-01"
     assert "ratio" not in row
+
+
+def test_memory_of_the_original_beside_ours_as_networks_grow(stand_in, tmp_path):
+    found = scaling.original_peak(stand_in(1.0), [1, 1])
+    assert found["original_bytes"] > 0
+    side = {"forward": {"median_ms": 1.0}, "forward_bytes": 8, "step": {"median_ms": 3.0}, "step_bytes": 16}
+    sizes = [(4, {"original_bytes": 400}), (8, {"failed": "out of memory"}), (16, None)]
+    rows = [{"edges": n, "layout": [2, n, 1], **side, **({"original": of} if of else {})} for n, of in sizes]
+    last = [line.split("|")[-3:-1] for line in scaling.page({"rows": rows}).splitlines()[2:]]
+    assert [[cell.strip() for cell in cells] for cells in last] == [["0", "100"], ["out of memory", ""], ["", ""]]
 
 
 @pytest.mark.parametrize(
