@@ -70,8 +70,8 @@ SECTIONS = (
         scaling.page,
         plots.scaling,
         "Large networks",
-        "`python -m bench.scaling [--scalegmn CHECKOUT]`. One network of growing width, read by `mnist_cls/scalegmn` at "
-        "64 hidden features, float32; the original's memory up to the size at which it fails. A size that fails is "
+        "`python -m bench.scaling [--scalegmn CHECKOUT]`. One network of growing width, read by `mnist_cls/scalegmn` "
+        "at 64 hidden features, float32; the original's memory up to the size at which it fails. A size that fails is "
         "named with the reason.",
     ),
     (
