@@ -14,6 +14,7 @@ COMMANDS = {
     "pack": ("scalegmn_fast.data.pack", "bring the field's dataset formats into one packed file"),
     "fit-inrs": ("scalegmn_fast.data.fit_inrs", "fit coordinate networks to images, many at once"),
     "canonicalize": ("scalegmn_fast.data.canonicalize", "fix phase, sign and scale of every network in a packed file"),
+    "targets": ("scalegmn_fast.data.targets", "add target images to a packed file, for training to edit INRs"),
     "train": ("scalegmn_fast.train.train", "train a model on a packed dataset"),
     "embed": ("scalegmn_fast.train.embed", "a vector per network of packed files, as Parquet"),
     "eval": ("scalegmn_fast.train.evaluate", "evaluate a checkpoint on a packed dataset"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,7 +12,16 @@ from .files import atomic_write
 from .optional import require
 from .packed import PackedDataset
 
-__all__ = ["ACTIVATIONS", "coordinates", "evaluate_inrs", "layer_w0", "plot_reconstructions", "psnr", "reconstruct"]
+__all__ = [
+    "ACTIVATIONS",
+    "coordinates",
+    "evaluate_inrs",
+    "images_of",
+    "layer_w0",
+    "plot_reconstructions",
+    "psnr",
+    "reconstruct",
+]
 
 ACTIVATIONS = ("sine", "relu", "tanh")
 
@@ -76,18 +86,30 @@ def reconstruct(dataset: PackedDataset, indices, *, shape: tuple[int, int] | Non
 
     ``shape`` (height, width) is that of the images they were fitted to unless given: any other resolution works.
     """
-    metadata = dataset.metadata
     if dataset.layout[0] != 2:
         raise ValueError(f"images need networks with 2 inputs (column, row), got layout {dataset.layout}")
     if shape is None:
-        if "image_shape" not in metadata:
+        if "image_shape" not in dataset.metadata:
             raise ValueError(f"{dataset.path} does not say its image_shape: give shape")
-        shape = tuple(metadata["image_shape"][:2])
-    weights, biases = dataset.weights(indices)
+        shape = tuple(dataset.metadata["image_shape"][:2])
+    return images_of(*dataset.weights(indices), dataset.metadata, shape)
+
+
+def images_of(
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    metadata: Mapping[str, Any],
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """Images [B, height, width, channels] of B networks, as a packed dataset's ``metadata`` says they are evaluated.
+
+    ``weights``, ``biases`` as for :func:`evaluate_inrs`; differentiable. Metadata: ``activation`` (sine where it is not
+    given), ``w0`` (30), ``output_offset`` (0).
+    """
     values = evaluate_inrs(
         weights,
         biases,
-        coordinates(*shape),
+        coordinates(*shape).to(weights[0].device),
         activation=metadata.get("activation", "sine"),
         w0=metadata.get("w0") or 30.0,
         output_offset=metadata.get("output_offset", 0.0),

@@ -10,6 +10,8 @@ array                 shape                               meaning
 ``label``             [n] int64 or float32                class, or a number to predict
 ``split``             [n] uint8                           0 train, 1 val, 2 test
 ``sign_mask``         [n] or [n, neurons] bool, optional  True where a network (or neuron) has the sign symmetry
+``target``            [n, height, width, channels] uint8  for training editors: the image that the edited network is
+                      or float, optional                  to stand for; uint8 stands for value / 255
 any other name        [n, ...]                            further numbers per network, such as ``psnr``
 ====================  ==================================  =============================================================
 
@@ -19,6 +21,7 @@ values: in the safetensors header one string per key, in the .npz one string arr
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -301,6 +304,7 @@ class PackedDataset:
         self.splits = self._arrays["split"].read(slice(None))
         _check_split_values(self.splits, where)
         self.extras = tuple(name for name in self._arrays if name not in ("label", "split", "sign_mask"))
+        self.gives_targets = False
 
     def __len__(self) -> int:
         return self._length
@@ -310,10 +314,11 @@ class PackedDataset:
         return f"PackedDataset({str(self.path)!r}: {len(self)} networks {'-'.join(map(str, self.layout))}; {counts})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "gives_targets": self.gives_targets}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])
+        self.gives_targets = state["gives_targets"]
 
     @property
     def hidden_layers(self) -> int:
@@ -345,16 +350,20 @@ class PackedDataset:
         return selected.to(torch.int64)
 
     def weights(
-        self, indices: slice | torch.Tensor | np.ndarray | Sequence[int]
+        self, indices: slice | torch.Tensor | np.ndarray | Sequence[int], dtype: torch.dtype | None = torch.float32
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The networks ``indices``: weights, a list of [b, n_in, n_out, d_e], and biases, a list of [b, n_out, 1].
 
-        float32, in fresh memory, one copy per layer whatever the number of networks. ``indices`` is a slice, integers
-        [b] in any order, repeats allowed, or a mask bool [n]; IndexError where one is out of range.
+        In ``dtype`` (None: as stored), in fresh memory, one copy per layer whatever the number of networks.
+        ``indices`` is a slice, integers [b] in any order, repeats allowed, or a mask bool [n]; IndexError where one is
+        out of range.
         """
         selected = self._indices(indices)
-        weights = [array.read(selected).to(torch.float32) for array in self._weights]
-        return weights, [array.read(selected).to(torch.float32) for array in self._biases]
+        weights, biases = (
+            [array.read(selected).to(dtype or array.dtype) for array in layers]
+            for layers in (self._weights, self._biases)
+        )
+        return weights, biases
 
     def sign_mask(
         self, indices: slice | torch.Tensor | np.ndarray | Sequence[int] = slice(None)
@@ -370,8 +379,31 @@ class PackedDataset:
             raise KeyError(f"{self.path} has no array {name!r}; it has {', '.join(self.extras) or 'none'}")
         return self._arrays[name].read(self._indices(indices))
 
+    def targets(self, indices: slice | torch.Tensor | np.ndarray | Sequence[int] = slice(None)) -> torch.Tensor:
+        """The target images of the networks ``indices``: float32 [b, height, width, channels].
+
+        Raises ValueError where the file has none, or none of that shape.
+        """
+        if "target" not in self.extras:
+            raise ValueError(f"{self.path} has no target images; scalegmn-fast targets adds them")
+        array = self._arrays["target"]
+        if len(array.shape) != 4 or not (array.dtype == torch.uint8 or array.dtype.is_floating_point):
+            raise ValueError(
+                f"{self.path}: target must be uint8 or float [n, height, width, channels], "
+                f"got {array.dtype} {list(array.shape)}"
+            )
+        found = array.read(self._indices(indices))
+        return found.float() / 255 if found.dtype == torch.uint8 else found.float()
+
+    def with_targets(self) -> PackedDataset:
+        """The same networks; their `batch` gives target images in the place of labels."""
+        self.targets(slice(0, 0))
+        result = copy.copy(self)
+        result.gives_targets = True
+        return result
+
     def batch(self, indices: slice | torch.Tensor | np.ndarray | Sequence[int], statistics=None):
-        """``(GraphBatch, labels)`` of the networks ``indices``.
+        """``(GraphBatch, labels)`` of the networks ``indices``; of `with_targets` ``(GraphBatch, targets)``.
 
         ``statistics`` is a `LayerStatistics` that normalises weights and biases first. Input neurons get
         ``metadata["input_value"]`` (1 where it is not given).
@@ -388,7 +420,7 @@ class PackedDataset:
             input_value=float(self.metadata.get("input_value", 1.0)),
             sign_mask=self.sign_mask(selected),
         )
-        return graph, self.labels[selected]
+        return graph, self.targets(selected) if self.gives_targets else self.labels[selected]
 
     def validate(self) -> None:
         """Read the whole file and raise ValueError naming the first network and layer that holds NaN or Inf."""

@@ -135,6 +135,7 @@ def embed_shards(
 
     from .distributed import started
     from .evaluate import load_model
+    from .model import edits
     from .trainer import deterministic
 
     for name, value in (("batch_size", batch_size), ("part_rows", part_rows)):
@@ -143,6 +144,8 @@ def embed_shards(
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
     model, statistics, state = load_model(checkpoint)
+    if edits(state["config"]):
+        raise ValueError(f"checkpoint '{checkpoint}' edits networks: it has no vector per network")
     found = _find(shards)
     folder = _Folder(out)
     batch_size = batch_size or state["config"]["batch_size"]

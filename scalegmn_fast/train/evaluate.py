@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--backend", help="reference, cpp, triton, cuda or auto")
     parser.add_argument("--json", metavar="FILE", help="write the metrics here")
-    parser.add_argument("--plot", metavar="FILE", help="draw the confusion matrix (or predictions) here, as PNG")
+    parser.add_argument("--plot", metavar="FILE", help="draw the confusion matrix (predictions, edits) here, as PNG")
 
 
 def load_model(path: str | os.PathLike):
@@ -53,16 +53,30 @@ def fitting(dataset, state, checkpoint: str | os.PathLike):
     return fitted(state["config"], dataset)[1]
 
 
+def backend_of(name: str | None):
+    """The block in which the backend of a name serves; of None the one chosen before."""
+    import scalegmn_fast
+
+    return contextlib.nullcontext() if name is None else scalegmn_fast.backend(name)
+
+
+def _unedited(dataset, indices, task, statistics, size: int = 256) -> dict[str, float]:
+    """The task's metrics of the networks as they are."""
+    import torch
+
+    parts = [dataset.batch(part, statistics) for part in indices.split(size)]
+    images = torch.cat([task.unedited(graph) for graph, _ in parts])
+    return task.metrics(images, torch.cat([targets for _, targets in parts]))
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints the metrics; 0 when done."""
     import torch
 
-    import scalegmn_fast
-
     from .checkpoint import write_json
     from .distributed import joined, started
-    from .plots import draw_confusion, draw_scatter, require_matplotlib
-    from .tasks import make_task
+    from .plots import draw_confusion, draw_edits, draw_scatter, require_matplotlib
+    from .tasks import task_of
     from .train import format_score, open_dataset, prepare_device
     from .trainer import deterministic, evaluate_split
 
@@ -76,16 +90,19 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--split {args.split}: it is empty in '{args.data}'")
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
-    task = make_task(torch.as_tensor(dataset.labels), state["config"]["train_args"])
-    backend = scalegmn_fast.backend(args.backend) if args.backend else contextlib.nullcontext()
-    with joined(device), deterministic(), backend:
+    task = task_of(state["config"], dataset, statistics)
+    with joined(device), deterministic(), backend_of(args.backend):
         metrics = evaluate_split(
             model.to(device), dataset, indices, task, batch_size=args.batch_size or state["config"]["batch_size"],
             device=device, statistics=statistics,
         )  # fmt: skip
+        if task.kind == "editing":
+            metrics["unedited"] = _unedited(dataset, indices, task, statistics)
     if started()[0] > 0:
         return 0
     print(f"{args.split}: {format_score(metrics)} (epoch {state['epoch']})")
+    if task.kind == "editing":
+        print(f"the networks as they are: MSE {metrics['unedited']['loss']:.6f}")
     if "confusion" in metrics:
         counts = torch.tensor(metrics["confusion"])
         share = counts.diagonal() / counts.sum(1).clamp(min=1)
@@ -95,6 +112,13 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and "confusion" in metrics:
         title = f"{args.split.capitalize()}: {100 * metrics['accuracy']:.1f}% of {metrics['count']} networks"
         draw_confusion(args.plot, metrics["confusion"], title)
+    elif args.plot and task.kind == "editing":
+        shown = indices[:10]
+        graph, targets = dataset.batch(shown, statistics)
+        with torch.no_grad(), backend_of(args.backend):
+            edited = task.output(model, graph.to(device=device)).cpu()
+        title = f"{args.split.capitalize()}: PSNR {metrics['psnr']:.1f} dB of {metrics['count']} networks"
+        draw_edits(args.plot, {"network": task.unedited(graph), "edited": edited, "target": targets}, title)
     elif args.plot:
         draw_scatter(args.plot, metrics["actual"], metrics["predicted"], f"{args.split.capitalize()}: predictions")
     return 0

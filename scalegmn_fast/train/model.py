@@ -10,10 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalegmn_fast.data import LayerStatistics, PackedCnns
+from scalegmn_fast.data import LayerStatistics, PackedCnns, PackedDataset
 from scalegmn_fast.nn.pna import NodeNorm
 
-__all__ = ["batch_statistics", "build_model", "fitted", "layer_statistics", "mixing_norm", "varies", "width_key"]
+__all__ = [
+    "batch_statistics",
+    "build_model",
+    "edits",
+    "fitted",
+    "layer_statistics",
+    "mixing_norm",
+    "varies",
+    "width_key",
+]
 
 _WIDTHS = ("in_channels", "hidden_channels", "out_channels", "edge_dim")
 
@@ -34,14 +43,23 @@ def varies(config: Mapping[str, Any]) -> bool:
     return "max_num_hidden_layers" in constructor
 
 
+def edits(config: Mapping[str, Any]) -> bool:
+    """Whether the model gives changes of the networks, to be trained on target images."""
+    args = config[model_key(config)]
+    return bool(args.get("equivariant")) or str(args.get("_target_")).endswith("Params")
+
+
 def fitted(config: dict, dataset) -> tuple[dict, Any]:
     """``(config, dataset)`` made for each other; new objects where something changes.
 
-    A dataset of CNNs makes its batches as ``graph_constructor`` reads them. A Neural Graphs model gets the data's
+    A dataset of CNNs makes its batches as ``graph_constructor`` reads them; for a model that edits networks batches
+    have target images in the place of labels. A Neural Graphs model gets the data's
     layout; with ``gnn_backbone.deg`` null and architectures that vary, the training split's histogram of in-degrees.
 
     Raises ValueError where the configuration contradicts the data; the message names the key.
     """
+    if edits(config):
+        dataset = _with_targets(config, dataset)
     if "model" not in config:
         if dataset.layout is None:
             raise ValueError(
@@ -98,6 +116,20 @@ def fitted(config: dict, dataset) -> tuple[dict, Any]:
     return config, dataset
 
 
+def _with_targets(config: Mapping[str, Any], dataset):
+    if not isinstance(dataset, PackedDataset):
+        raise ValueError(
+            "a model that edits networks is trained on target images of INRs, got a dataset of CNNs: use an invariant "
+            "model (scalegmn_args.equivariant: false, or another model._target_)"
+        )
+    asked = config["data"].get("style_function")
+    stored = dataset.metadata.get("target")
+    stored = stored.get("style") if isinstance(stored, dict) else None
+    if asked is not None and stored is not None and asked != stored:
+        raise ValueError(f"data.style_function is {asked!r} but the targets in {dataset.path} are of style {stored!r}")
+    return dataset.with_targets()
+
+
 def _check_numbers_per_weight(constructor: Mapping[str, Any], expected: int) -> None:
     if constructor.get("d_edge_in") != expected:
         raise ValueError(
@@ -133,8 +165,8 @@ def layer_statistics(config: Mapping[str, Any], dataset, indices) -> LayerStatis
     """The training split's statistics where the configuration asks for them, else None.
 
     ``data.normalize: auto`` does so for ScaleGMN's symmetry ``permutation``, and for a Neural Graphs model without
-    ``graph_constructor.stats`` (a mapping of nulls stands for none wanted). A mean is subtracted only where no symmetry
-    forbids it.
+    ``graph_constructor.stats`` (of an editing model: ``stats``; a mapping of nulls stands for none wanted). A mean is
+    subtracted only where no symmetry forbids it.
     """
     mode = config["data"]["normalize"]
     if "model" not in config:
@@ -144,7 +176,9 @@ def layer_statistics(config: Mapping[str, Any], dataset, indices) -> LayerStatis
         # subtracting a mean would break the sign and scale symmetries, dividing by a number per layer does not
         return LayerStatistics.from_dataset(dataset, indices, center=symmetry == "permutation")
     constructor = config["model"]["graph_constructor"]
-    if mode is False or (mode == "auto" and constructor.get("stats") is not None):
+    given = config["model"].get("stats") if edits(config) else None
+    given = constructor.get("stats") if given is None else given
+    if mode is False or (mode == "auto" and given is not None):
         return None
     if varies(config) and constructor.get("flattening_method") == "extra_layer":
         raise ValueError(
@@ -166,20 +200,12 @@ def build_model(
 
     ``statistics``: of the networks, for a Neural Graphs model, instead of those of its configuration.
 
-    Raises ValueError where the configuration has another layout than the data, or asks for a model that edits networks.
+    Raises ValueError where the configuration has another layout than the data.
     """
     from scalegmn_fast.models import from_config
 
     section = model_key(config)
     args = dict(config[section])
-    if args.get("equivariant") or str(args.get("_target_")).endswith("Params"):
-        key = (
-            "scalegmn_args.equivariant is True" if args.get("equivariant") else f"model._target_ is {args['_target_']}"
-        )
-        raise ValueError(
-            f"{key}: the trainer fits invariant models (classification, regression) to the labels of a packed file; "
-            "a packed file has no target images for editing"
-        )
     if layout is not None:
         layout = [int(n) for n in layout]
         given = {"data.layer_layout": config["data"].get("layer_layout")}
@@ -196,7 +222,10 @@ def build_model(
     if section == "model" and (statistics is not None or config["data"]["normalize"] is False):
         constructor = args["graph_constructor"]
         layers = constructor["max_num_hidden_layers"] + 1 if varies(config) else 0
-        args["graph_constructor"] = {**constructor, "stats": _as_stats(statistics, layers)}
+        stats = _as_stats(statistics, layers)
+        args["graph_constructor"] = {**constructor, "stats": stats}
+        if edits(config):
+            args["stats"] = stats
     return from_config(args)
 
 

@@ -9,9 +9,12 @@ from typing import Any
 from scalegmn_fast.data.files import atomic_write
 from scalegmn_fast.data.optional import require
 
-__all__ = ["draw_confusion", "draw_curves", "draw_scatter", "require_matplotlib"]
+__all__ = ["draw_confusion", "draw_curves", "draw_edits", "draw_scatter", "require_matplotlib"]
 
 TRAIN, VALIDATION, TEST, GREY = "#4269d0", "#ff725c", "#3ca951", "#9aa0a6"
+
+#: score of a task -> its name in figures
+TITLES = {"accuracy": "Accuracy", "tau": "Kendall's tau", "psnr": "PSNR (dB)"}
 
 
 def require_matplotlib() -> None:
@@ -35,11 +38,10 @@ def draw_curves(path: str | os.PathLike, history: Mapping[str, Any]) -> None:
     loss_axis.plot(x, _column(rows, "val", "loss"), color=VALIDATION, label="validation", **style)
     loss_axis.set(title="Loss", xlabel="epoch")
 
-    shown = "accuracy" if score == "accuracy" else "tau"
     if score == "accuracy":
-        score_axis.plot(x, _column(rows, "train", shown), color=TRAIN, label="train", **style)
-    score_axis.plot(x, _column(rows, "val", shown), color=VALIDATION, label="validation", **style)
-    score_axis.set(title="Accuracy" if score == "accuracy" else "Kendall's tau", xlabel="epoch")
+        score_axis.plot(x, _column(rows, "train", score), color=TRAIN, label="train", **style)
+    score_axis.plot(x, _column(rows, "val", score), color=VALIDATION, label="validation", **style)
+    score_axis.set(title=TITLES[score], xlabel="epoch")
     if score == "accuracy":
         from matplotlib.ticker import PercentFormatter
 
@@ -48,13 +50,13 @@ def draw_curves(path: str | os.PathLike, history: Mapping[str, Any]) -> None:
         for axis in (loss_axis, score_axis):
             axis.axvline(best["epoch"], color=GREY, linewidth=1, linestyle=":", zorder=0)
         score_axis.plot(
-            best["epoch"], best["val"][shown], "o", color=VALIDATION, markersize=7, markerfacecolor="white",
+            best["epoch"], best["val"][score], "o", color=VALIDATION, markersize=7, markerfacecolor="white",
             markeredgewidth=1.8, label=f"best: epoch {best['epoch']}",
         )  # fmt: skip
         test = history.get("test")
         if test:
-            label = f"test: {_score_text(score, test[shown])}"
-            score_axis.plot(best["epoch"], test[shown], "*", color=TEST, markersize=12, label=label)
+            label = f"test: {_score_text(score, test[score])}"
+            score_axis.plot(best["epoch"], test[score], "*", color=TEST, markersize=12, label=label)
     rates = [(0.0, rows[0]["lr_first"])] + [(r["epoch"], r["lr"]) for r in rows]
     lr_axis.plot([e for e, _ in rates], [v for _, v in rates], color=TRAIN, linewidth=1.8)
     lr_axis.set(title="Learning rate", xlabel="epoch", ylim=(0, None))
@@ -111,6 +113,20 @@ def draw_scatter(path: str | os.PathLike, actual: Sequence[float], predicted: Se
     _save(fig, path)
 
 
+def draw_edits(path: str | os.PathLike, rows: Mapping[str, Any], title: str) -> None:
+    """Draws rows of images: name -> tensor [n, height, width, channels] with values from 0 to 1, clipped."""
+    count = len(next(iter(rows.values())))
+    fig = _figure(1.1 * count + 0.8, 1.15 * len(rows) + 0.5)
+    axes = fig.subplots(len(rows), count, squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images.clamp(0, 1).numpy(), strict=True):
+            axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name)
+    fig.suptitle(title, fontsize=10)
+    _save(fig, path)
+
+
 def _figure(width: float, height: float):
     from matplotlib.figure import Figure
 
@@ -128,7 +144,7 @@ def _column(rows, split: str, key: str) -> list[float]:
 
 
 def _score_text(score: str, value: float) -> str:
-    return f"{100 * value:.1f}%" if score == "accuracy" else f"{value:.3f}"
+    return f"{100 * value:.1f}%" if score == "accuracy" else f"{value:.1f} dB" if score == "psnr" else f"{value:.3f}"
 
 
 def _save(fig, path) -> None:

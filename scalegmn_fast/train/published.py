@@ -28,6 +28,8 @@ _TASKS = {
     "cnn_generalization": (256, 200, "MSE"),
     "cnn_zoo": (128, 300, "MSE"),
     "cnn_park": (128, 20, "BCE"),
+    "style_editing": (128, 200, "MSE"),
+    "mnist_dilation": (128, 200, "MSE"),
 }
 _CHANGES = {"cnn_zoo/rtransformer": (192, 300, "BCE")}
 
@@ -35,22 +37,19 @@ _CHANGES = {"cnn_zoo/rtransformer": (192, 300, "BCE")}
 def neural_graphs_training(name: str) -> dict[str, Any]:
     """The whole configuration of a published Neural Graphs name: its model, and how the original trains it.
 
-    Widths of the backbone are left out: they follow ``model.d_hid``. Raises ValueError for the editing
-    configurations, which have no labels to train on, KeyError for an unknown name.
+    Widths of the backbone are left out: they follow ``model.d_hid``. Raises KeyError for an unknown name.
     """
     model = neural_graphs_config(name)
     for key in ("in_channels", "hidden_channels", "out_channels", "edge_dim"):
         model.get("gnn_backbone", {}).pop(key, None)
     task = name.partition("/")[0]
-    if task not in _TASKS:
-        raise ValueError(
-            f"'{name}' edits networks: the trainer fits invariant models (classification, regression) to the labels of "
-            "a packed file"
-        )
     batch_size, epochs, loss = _CHANGES.get(name, _TASKS[task])
     optimization = copy.deepcopy(_OPTIMIZATION)
     if not task.startswith("cnn_"):
         optimization |= copy.deepcopy(_WARMUP)
+    if task in ("style_editing", "mnist_dilation"):
+        optimization["clip_grad_max_norm"] = 1.0
+        optimization["scheduler_args"]["warmup_steps"] = 10000
     return {
         "batch_size": batch_size,
         "data": {},

@@ -14,7 +14,7 @@ __all__ = ["StepResult", "TrainingStep"]
 
 
 class StepResult(NamedTuple):
-    """What a step leaves: detached loss [] and output [B, d_out], and the gradients' norm before clipping, or None."""
+    """What a step leaves: detached loss [] and output [B, ...], and the gradients' norm before clipping, or None."""
 
     loss: Tensor
     output: Tensor
@@ -25,10 +25,11 @@ class TrainingStep:
     """Optimiser steps of a model; call it with a batch and its labels, which are on the model's device.
 
     Args:
-        model: from a GraphBatch to [B, d_out], in training mode.
+        model: from a GraphBatch to what the loss takes, in training mode.
         loss: (output, labels) -> scalar.
         optimizer: of the model's parameters.
         max_norm: to which gradients are clipped; None: they are not.
+        output: (model, graph) -> what the loss takes, where that is not the model's output.
     """
 
     def __init__(
@@ -37,13 +38,15 @@ class TrainingStep:
         loss: Callable[[Tensor, Tensor], Tensor],
         optimizer: torch.optim.Optimizer,
         max_norm: float | None = None,
+        output: Callable[[nn.Module, GraphBatch], Tensor] | None = None,
     ):
         self.model, self.loss, self.optimizer, self.max_norm = model, loss, optimizer, max_norm
+        self.output = output
 
     def __call__(self, graph: GraphBatch, labels: Tensor, weight: float = 1.0) -> StepResult:
         """A step whose gradients are those of ``weight`` times the loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        output = self.model(graph)
+        output = self.model(graph) if self.output is None else self.output(self.model, graph)
         loss = self.loss(output, labels)
         (loss if weight == 1 else loss * weight).backward()
         norm = None

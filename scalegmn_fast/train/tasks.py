@@ -1,4 +1,4 @@
-"""What a label asks for: classification or regression, with loss, running sums and metrics."""
+"""What is learnt: classes or numbers from labels, or edits of INRs from target images; loss, running sums, metrics."""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Classification", "Regression", "kendall_tau", "make_task", "r2_score"]
+from scalegmn_fast.data import LayerStatistics, images_of, psnr
+from scalegmn_fast.graph import GraphBatch
+
+__all__ = ["Classification", "Editing", "Regression", "kendall_tau", "make_task", "r2_score", "task_of"]
+
+
+def task_of(config: Mapping[str, Any], dataset, statistics: LayerStatistics | None = None):
+    """The task of a validated configuration on a dataset that `model.fitted` made for it.
+
+    Args:
+        statistics: those that the dataset's batches are normalised by, or None.
+    """
+    if getattr(dataset, "gives_targets", False):
+        return Editing(dataset, config["train_args"], statistics)
+    return make_task(torch.as_tensor(dataset.labels), config["train_args"])
 
 
 def make_task(labels: Tensor, train_args: Mapping[str, Any]) -> Classification | Regression:
@@ -40,11 +54,23 @@ def make_task(labels: Tensor, train_args: Mapping[str, Any]) -> Classification |
     return Classification(int(labels.max()) + 1 if labels.numel() else 1)
 
 
-class Classification:
+class Task:
+    """What the tasks share: by default a model's output is what is learnt."""
+
+    def output(self, model: nn.Module, graph: GraphBatch) -> Tensor:
+        """What the loss takes, of a batch of networks."""
+        return model(graph)
+
+
+class Classification(Task):
     """Cross entropy over classes; the best epoch is the one of highest accuracy, then of lowest loss."""
 
     kind = "classification"
     score = "accuracy"
+
+    @staticmethod
+    def shown(score: float) -> str:
+        return f"accuracy {100 * score:.2f}%"
 
     def __init__(self, classes: int):
         self.classes = classes
@@ -92,7 +118,7 @@ class Classification:
         return metrics["accuracy"], -metrics["loss"]
 
 
-class Regression:
+class Regression(Task):
     """MSE or BCE on one number per network; the best epoch is the one of highest Kendall's tau, then of lowest loss.
 
     ``prediction``: ``sigmoid`` (as the original does for accuracies in [0, 1]) or ``identity``, applied to the output.
@@ -100,6 +126,10 @@ class Regression:
 
     kind = "regression"
     score = "tau"
+
+    @staticmethod
+    def shown(score: float) -> str:
+        return f"tau {score:.4f}"
 
     def __init__(self, loss: str, prediction: str):
         self.loss_name = loss
@@ -152,6 +182,82 @@ class Regression:
         """Sort key: a larger one is a better epoch. An undefined tau (constant prediction) counts as -1."""
         tau = metrics["tau"]
         return -1.0 if tau != tau else tau, -metrics["loss"]
+
+
+class Editing(Task):
+    """Editing INRs: the model's output is added to the weights and biases, and the images that the new networks stand
+    for are to be the targets. Mean squared error; the best epoch is the one of lowest loss.
+
+    Args:
+        dataset: a packed dataset `with_targets`.
+        statistics: where batches are normalised by them, changes are in their units.
+
+    Raises:
+        ValueError: a loss other than MSE, or networks that do not stand for images like the targets.
+    """
+
+    kind = "editing"
+    score = "psnr"
+
+    def __init__(self, dataset, train_args: Mapping[str, Any], statistics: LayerStatistics | None = None):
+        if train_args["loss"] != "MSE":
+            raise ValueError(f"train_args.loss must be MSE for a model that edits networks, got {train_args['loss']}")
+        _, height, width, channels = dataset.targets(slice(0, 0)).shape
+        layout, d_e = list(dataset.layout), dataset.edge_dim
+        if (layout[0], layout[-1], d_e) != (2, channels, 1):
+            raise ValueError(
+                f"{dataset.path}: its targets need INRs with 2 inputs, {channels} outputs and one number per weight, "
+                f"got layout {layout} with {d_e}"
+            )
+        self.shape, self.metadata, self.statistics = (height, width, channels), dataset.metadata, statistics
+
+    @staticmethod
+    def shown(score: float) -> str:
+        return f"PSNR {score:.2f} dB"
+
+    def output(self, model: nn.Module, graph: GraphBatch) -> Tensor:
+        """Images [B, height, width, channels] of the edited networks."""
+        pairs = zip(graph.to_weights(), model(graph), strict=True)
+        return self._images(*([old + change for old, change in zip(*pair, strict=True)] for pair in pairs))
+
+    def unedited(self, graph: GraphBatch) -> Tensor:
+        """Images [B, height, width, channels] of the networks as they are."""
+        return self._images(*graph.to_weights())
+
+    def _images(self, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+        if self.statistics is not None:
+            weights, biases = self.statistics.denormalize(weights, biases)
+        return images_of(weights, biases, self.metadata, self.shape[:2])
+
+    def check_output(self, output: Tensor, key: str) -> None:
+        """Raises ValueError unless ``output`` is [B, height, width, channels] like the targets."""
+        if tuple(output.shape[1:]) != self.shape:
+            raise ValueError(f"the model edits images of {list(output.shape[1:])}, the targets have {list(self.shape)}")
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        return F.mse_loss(output, labels.to(output.dtype))
+
+    def new_sums(self, device: torch.device) -> dict[str, Tensor]:
+        return {k: torch.zeros((), dtype=torch.float64, device=device) for k in ("loss", "count")}
+
+    @torch.no_grad()
+    def add(self, sums: dict[str, Tensor], loss: Tensor, output: Tensor, labels: Tensor) -> None:
+        """Adds a batch to the running sums without a device synchronisation."""
+        sums["loss"] += loss.double() * len(labels)
+        sums["count"] += len(labels)
+
+    def running(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"loss": float(sums["loss"]) / max(float(sums["count"]), 1.0)}
+
+    def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Loss (mean squared error) and mean PSNR in dB of a whole split, in float64; images are not clipped."""
+        loss = (outputs.double() - labels.double()).square().mean().item()
+        return {"loss": loss, "psnr": psnr(outputs, labels).double().mean().item()}
+
+    @staticmethod
+    def rank(metrics: Mapping[str, Any]) -> tuple[float]:
+        """Sort key: a larger one is a better epoch."""
+        return (-metrics["loss"],)
 
 
 def r2_score(actual: Tensor, predicted: Tensor) -> float:

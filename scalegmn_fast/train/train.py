@@ -144,6 +144,8 @@ def format_score(metrics: dict) -> str:
     """One line with the metrics of a split."""
     if "accuracy" in metrics:
         return f"accuracy {100 * metrics['accuracy']:.2f}%, loss {metrics['loss']:.4f}, {metrics['count']:,} networks"
+    if "psnr" in metrics:
+        return f"MSE {metrics['loss']:.6f}, PSNR {metrics['psnr']:.2f} dB, {metrics['count']:,} networks"
     return (
         f"Kendall's tau {metrics['tau']:.4f}, R2 {metrics['r2']:.4f}, MSE {metrics['mse']:.6f}, "
         f"loss {metrics['loss']:.4f}, {metrics['count']:,} networks"

@@ -33,7 +33,7 @@ from .loggers import TensorBoardLogger, WandbLogger
 from .model import batch_statistics, build_model, fitted, layer_statistics, mixing_norm, width_key
 from .optim import build_optimizer, build_scheduler
 from .step import StepResult, TrainingStep
-from .tasks import make_task
+from .tasks import task_of
 
 __all__ = ["NonFiniteLossError", "Trainer", "build_model", "deterministic", "evaluate_split", "seed_everything"]
 
@@ -109,7 +109,7 @@ def evaluate_split(
                 own = None
                 break
             graph, target = dataset.batch(part, statistics)
-            own.append((model(graph.to(device=device)), target))
+            own.append((task.output(model, graph.to(device=device)), target))
     finally:
         model.train(training)
     parts = processes.gather(own and [(output.cpu(), target.cpu()) for output, target in own])
@@ -126,7 +126,8 @@ class Trainer:
     """Trains ``model`` on a packed dataset and keeps everything needed to continue in ``out``.
 
     Args:
-        model: module from a GraphBatch to [B, d_out]; None: the configuration's, made after seeding.
+        model: module from a GraphBatch to [B, d_out], or to changes of the networks where the configuration's model
+            edits them; None: the configuration's, made after seeding.
         dataset: a `PackedDataset`, a `PackedCnns`, or anything
             with its ``batch``, ``weights``, ``split``, ``labels``, ``layout`` and ``len``.
         config: a whole configuration (dict, YAML path or published name); see ``validate_config``.
@@ -140,8 +141,8 @@ class Trainer:
 
     Early stopping: after ``train_args.patience`` epochs without a better validation result than the best so far.
     (The original stops only when the accuracy fell strictly in each of ``patience`` epochs, which noise prevents.)
-    Best: highest validation accuracy (Kendall's tau), then lowest loss. Training ends at ``num_epochs`` or
-    ``max_steps``, whichever is first.
+    Best: highest validation accuracy (Kendall's tau), then lowest loss; of edits the lowest loss. Training ends at
+    ``num_epochs`` or ``max_steps``, whichever is first.
 
     Of several processes (an initialised default process group) each makes a trainer with the same arguments, and calls
     the same methods. ``batch_size`` counts the networks of all of them together; process 0 alone writes, draws, logs
@@ -191,10 +192,10 @@ class Trainer:
             if len(self.splits[name]) == 0:
                 sizes = ", ".join(f"{k} {len(v)}" for k, v in self.splits.items())
                 raise ValueError(f"the data's split '{name}' is empty (sizes: {sizes})")
-        self.task = make_task(torch.as_tensor(dataset.labels), self.config["train_args"])
         self.seed = self.config["train_args"]["seed"]
         self.statistics = layer_statistics(self.config, self.dataset, self.splits["train"])
         self._batch_statistics = batch_statistics(self.config, self.statistics)
+        self.task = task_of(self.config, self.dataset, self._batch_statistics)
         if model is None:
             seed_everything(self.seed)
             model = build_model(self.config, self.dataset.layout, self.statistics)
@@ -215,7 +216,7 @@ class Trainer:
         self.optimizer = build_optimizer(trainable, optimization["optimizer_name"], optimization["optimizer_args"])
         self.scheduler = build_scheduler(self.optimizer, optimization["scheduler_args"])
         max_norm = optimization["clip_grad_max_norm"] if optimization["clip_grad"] else None
-        self._training_step = TrainingStep(self._parallel, self.task.loss, self.optimizer, max_norm)
+        self._training_step = TrainingStep(self._parallel, self.task.loss, self.optimizer, max_norm, self.task.output)
         if self.config["train_args"]["cuda_graph"]:
             if self.device.type != "cuda":
                 raise ValueError(f"train_args.cuda_graph: true needs a CUDA device, got device {self.device}")
@@ -390,7 +391,8 @@ class Trainer:
         """Runs one network through the model, so that what does not fit is said before anything is written."""
         self.model.eval()
         graph, _ = self.dataset.batch(self.splits["train"][:1], self._batch_statistics)
-        self.task.check_output(self.model(graph.to(device=self.device)), width_key(self.config))
+        output = self.task.output(self.model, graph.to(device=self.device))
+        self.task.check_output(output, width_key(self.config))
 
     def _train_epoch(self) -> bool:
         """Runs the steps that are left of the current epoch; False where a signal came before its end."""
@@ -505,9 +507,9 @@ class Trainer:
             self._log({f"train/{k}": v for k, v in train.items()} | {f"val/{k}": v for k, v in scalars.items()})
         if self.progress:
             mark = "  best" if better else ""
-            text = f"{self.task.score} {100 * score:.2f}%" if self.task.score == "accuracy" else f"tau {score:.4f}"
             require("tqdm", "the progress bar").tqdm.write(
-                f"epoch {self.epoch:>3}  train loss {train['loss']:.4f}  val loss {val['loss']:.4f}  val {text}{mark}",
+                f"epoch {self.epoch:>3}  train loss {train['loss']:.4f}  val loss {val['loss']:.4f}  "
+                f"val {self.task.shown(score)}{mark}",
                 file=sys.stderr,
             )
         return True
@@ -706,7 +708,8 @@ def _identity(dataset, splits: Mapping[str, Tensor]) -> dict[str, Any]:
     for indices in splits.values():
         digest.update(indices.numpy().tobytes())
     picked = torch.linspace(0, len(dataset) - 1, min(64, len(dataset))).long()
-    for block in (b for group in dataset.weights(picked) for b in group):
+    blocks = [b for group in dataset.weights(picked) for b in group]
+    for block in [*blocks, dataset.targets(picked)] if getattr(dataset, "gives_targets", False) else blocks:
         digest.update(block.contiguous().numpy().tobytes())
     return {
         "networks": len(dataset),

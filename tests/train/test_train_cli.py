@@ -92,7 +92,7 @@ def test_ctrl_c_at_the_command_line(config, dataset, tmp_path):
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     (["--set", "train_args.num_epoch=3"], ValueError, "nearest valid key is 'train_args.num_epochs'"),
     (["--set", "scalegmn_args.symetry=sign"], ValueError, "symmetry"),
-    (["--set", "scalegmn_args.equivariant=true"], ValueError, "the trainer fits invariant models"),
+    (["--set", "scalegmn_args.equivariant=true"], ValueError, "has no target images"),
     (["--set", "data.layer_layout=[2, 8, 1]"], ValueError, r"data.layer_layout is \[2, 8, 1\] .* layout \[2, 4, 1\]"),
     (["--set", "scalegmn_args.layer_layout=[2, 8, 1]"], ValueError, r"scalegmn_args.layer_layout is \[2, 8, 1\]"),
     (["--set", "optimization.optimizer_name=AdamV"], ValueError, "not in torch.optim"),

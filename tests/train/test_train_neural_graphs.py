@@ -197,13 +197,10 @@ def test_scalegmn_reads_cnns_of_one_layout(tmp_path):
 
 def test_every_published_name_is_a_valid_configuration():
     for name in neural_graphs_names():
-        if name.startswith(("style_editing", "mnist_dilation")):
-            with pytest.raises(ValueError, match=f"'{name}' edits networks"):
-                load_config(name)
-            continue
         config = validate_config(load_config(name))
         assert config["model"] == validate_config({"model": name})["model"]
-        assert (config["train_args"]["loss"] == "CrossEntropyLoss") == ("cnn" not in name)
+        classifies = name.startswith(("inr_classification", "mnist_cls", "fmnist_cls"))
+        assert (config["train_args"]["loss"] == "CrossEntropyLoss") == classifies
     assert load_config("cnn_park/pna")["train_args"]["num_epochs"] == 20
 
 
@@ -298,19 +295,10 @@ def test_what_does_not_fit_cnns_is_named(cnns, tmp_path, changes, message):
     ({"model": "mnist_cls/pnq"}, r"model must be a mapping or one of .* got 'mnist_cls/pnq'.*'mnist_cls/pna'"),
     ({"model": [1]}, "'model' must be a section"),
     ({"model": {"d_hid": 3}}, "model._target_ is missing"),
-    ({"model": "style_editing/pna"}, "'style_editing/pna' edits networks"),
 ])  # fmt: skip
 def test_bad_model_sections(config, message):
     with pytest.raises(ValueError, match=message):
         validate_config(config)
-
-
-def test_editing_models_are_refused(dataset, tmp_path):
-    from scalegmn_fast.models import neural_graphs_config
-
-    model = {**neural_graphs_config("style_editing/pna"), "layer_layout": list(LAYOUT)}
-    with pytest.raises(ValueError, match="model._target_ is nn.dense_gnn.GNNParams: the trainer fits invariant models"):
-        trainer({"model": model}, dataset, tmp_path / "out")
 
 
 def test_names_are_hinted_at_and_models_can_be_set():
