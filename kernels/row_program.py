@@ -24,7 +24,6 @@ from .row_source import Operand, Request, UnsupportedError
 from .segment_reduce import segment_reduce
 from .tiles import launch_options
 
-REDUCES = ("none", "sum", "statistics")
 PROGRAMS = 264
 MERGE_LANES, MERGE_COLS, MERGE_WARPS = 16, 128, 4
 # {reduction: the kernel that merges parts, its tensors}
@@ -33,6 +32,10 @@ MERGES = {
     "statistics": (
         row_reductions.merge_statistics_kernel,
         ("partial", "partial_rows", "holds", "reduced", "kept_stats", "extremes"),
+    ),
+    "attention": (
+        row_reductions.merge_attention_kernel,
+        ("partial", "partial_stats", "holds", "reduced", "kept_stats"),
     ),
 }
 TYPES = {
@@ -71,29 +74,32 @@ class Section(NamedTuple):
     tile: Tile
     reduced_width: int
     written_width: int
+    heads: int
 
 
 class Reduction:
     """What the sections of a program reduce to: results, what derivatives read, and the parts that tiles leave.
 
-    width, S, tiles: of the step's rows, segments, and tiles that reduce; names: {name of a kernel's argument: tensor}.
+    kind, width, heads: of the reduction, the step's rows, its logits; tiles: those that reduce; names: {name of a
+    kernel's argument: tensor}.
     """
 
     def __init__(self, planned, counts, like, ptr, dtype, wide):
         reducing = [section for section in planned if section and section.reduced_width]
         self.kind = reducing[0].request.reduction if reducing else "none"
-        self.width = reducing[0].reduced_width if reducing else 0
+        self.width, self.heads = (reducing[0].reduced_width, reducing[0].heads) if reducing else (0, 0)
         self.tiles, self.wide = sum(counts) if reducing else 0, wide
         segments, width, tiles = ptr.numel() - 1 if reducing else 0, self.width, self.tiles
-        statistics = self.kind == "statistics"
-        kept = (segments, 2 * width) if statistics else (0,)
+        statistics, attention = self.kind == "statistics", self.kind == "attention"
+        kept = (segments, 2 * (self.heads if attention else width)) if statistics or attention else (0,)
         fields = row_reductions.STATISTICS_FIELDS.value if statistics else 1
         # Segments without rows are 0.
         self.names = {
             "reduced": like.new_zeros((segments, 4 * width if statistics else width), dtype=dtype),
             "kept_stats": like.new_zeros(kept, dtype=wide),
-            "extremes": like.new_zeros(kept, dtype=torch.int32),
+            "extremes": like.new_zeros(kept if statistics else 0, dtype=torch.int32),
             "partial": like.new_empty((tiles, 2, fields, width), dtype=wide),
+            "partial_stats": like.new_empty((tiles, 2, 2, self.heads), dtype=wide),
             "partial_rows": like.new_empty((tiles if statistics else 0, 2, 2, width), dtype=torch.int32),
             "holds": like.new_empty((tiles, 2, 2), dtype=torch.int64),
         }
@@ -103,10 +109,11 @@ class Reduction:
         if self.tiles < 2:
             return
         kernel, names = MERGES[self.kind]
+        heads = {"HEADS": self.heads} if self.heads else {}
         kernel[(self.tiles, triton.cdiv(self.width, MERGE_COLS))](
             *(self.names[name] for name in names), self.tiles,
             WIDTH=self.width, ACC=tl.float64 if self.wide == torch.float64 else tl.float32,
-            BLOCK_LANES=MERGE_LANES, BLOCK_COLS=MERGE_COLS, **launch_options(MERGE_WARPS),
+            BLOCK_LANES=MERGE_LANES, BLOCK_COLS=MERGE_COLS, **heads, **launch_options(MERGE_WARPS),
         )  # fmt: skip
 
     def results(self):
@@ -124,11 +131,11 @@ def _used(steps, outputs):
 
 
 def _without_unused(section):
-    """(steps, written, reduced) of a section, less the steps that no output depends on."""
-    used = sorted(_used(section.steps, (section.rows, section.reduced)))
+    """(steps, written, reduced, logits) of a section, less the steps that no output depends on."""
+    used = sorted(_used(section.steps, (section.rows, section.reduced, section.logits)))
     place = {-1: -1} | {number: k for k, number in enumerate(used)}
     steps = tuple(section.steps[k]._replace(a=place[section.steps[k].a], b=place[section.steps[k].b]) for k in used)
-    return steps, place[section.rows], place[section.reduced]
+    return steps, place[section.rows], place[section.reduced], place[section.logits]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -150,26 +157,26 @@ def plan(code, constants, count, operands, indices, wanted, precision):
     shapes = dict(enumerate(shape for _, shape in operands))
     found = []
     for section in sections([0] * (count + 1), code, constants):
-        if section.reduction not in REDUCES:
-            raise UnsupportedError(f"it reduces by {section.reduction}")
-        steps, written, reduced = _without_unused(section)
+        steps, written, reduced, logits = _without_unused(section)
         if not steps:
             found.append(None)
             continue
         numbers = sorted({t for step in steps for t in (step.t0, step.t1, step.t2) if t >= 0})
         used = sorted({step.index for step in steps if step.index >= 0})
         parts = row_source.partitions(steps, shapes)
+        if logits >= 0:
+            row_source.heads_and_width(parts[reduced], parts[logits])
         low = all(operands[step.t0][0].itemsize == 2 for step in steps if step.op == "linear")
         tile = tile_of(max(map(row_source.columns, parts)), low)
         request = Request(
-            steps, written, reduced, section.reduction,
+            steps, written, reduced, logits, section.reduction,
             tuple(Operand(t, TYPES[operands[t][0]], shapes[t]) for t in numbers),
             tuple((k, TYPES[indices[k]]) for k in used),
             result, acc, precision, tile.rows,
             () if wanted is None else tuple(t for t in numbers if wanted[t]),
         )  # fmt: skip
         source = (row_source.forward_source if wanted is None else row_source.backward_source)(request)
-        widths = [sum(parts[k]) if k >= 0 else 0 for k in (reduced, written)]
+        widths = [sum(parts[k]) if k >= 0 else 0 for k in (reduced, written, logits)]
         found.append(Section(request, source, tile, *widths))
     if len({section.reduced >= 0 for section in map(_request, found) if section}) > 1:
         raise UnsupportedError("some of its sections reduce and others do not")
@@ -363,6 +370,10 @@ def row_program_backward(
     wide, like = _wide(tensors), tensors[0]
     dtype = result_dtype(tensors, code, len(bounds) - 1)
     named = _named(tensors, indices, None if ptr is None else ptr.contiguous(), seed)
+    heads = max((section.heads for section in planned if section), default=0)
+    if heads:
+        along = grad_reduced.to(wide) * reduced.to(wide)
+        named["along"] = along.view(along.shape[0], heads, -1).sum(2)
     named |= {"kept_stats": kept.contiguous(), "extremes": extremes.contiguous()}
     named |= {"grad_rows": grad_rows.to(dtype).contiguous(), "grad_reduced": grad_reduced.to(dtype).contiguous()}
     gradients = _Gradients(tensors, indices, bounds, planned, wide)

@@ -245,3 +245,83 @@ def statistics_backward(
     found += tl.load(grad + 2 * WIDTH, mask=here, other=0.0).to(x.dtype)
     here = mask & (tl.load(chosen + WIDTH, mask=mask, other=-1) == row[:, None])
     return found + tl.load(grad + 3 * WIDTH, mask=here, other=0.0).to(x.dtype)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def attention_weights(logits, ptr, segment, rank, row, end, kept_stats, partial_stats, tile, HEADS: tl.constexpr):
+    """Softmax of logits [BLOCK, COLS] over the rows that each segment has in the tile, per head.
+
+    Its largest logits and 1 / the sums of exp(logit - largest) go to kept_stats [S, 2, HEADS]; those of a part, and the
+    sums themselves, to partial_stats [tiles, 2, 2, HEADS].
+    """
+    head = tl.arange(0, logits.shape[1])[None, :]
+    mask = head < HEADS
+    weights = tl.zeros(logits.shape, logits.dtype)
+    for k in range(0, tl.max(rank) + 1):
+        mine = rank == k
+        at, begins, whole = _run_of(ptr, segment, row, mine, end)
+        largest = tl.max(tl.where(mine[:, None], logits, float("-inf")), 0, keep_dims=True)
+        found = tl.exp(tl.where(mine[:, None], logits - largest, float("-inf")))
+        total = tl.sum(found, 0, keep_dims=True)
+        weights = tl.where(mine[:, None], found / total, weights)
+        if whole:
+            tl.store(kept_stats + at * (2 * HEADS) + head, largest, mask=mask)
+            tl.store(kept_stats + at * (2 * HEADS) + HEADS + head, 1.0 / total, mask=mask)
+        else:
+            to = partial_stats + (2 * tile + begins) * (2 * HEADS) + head
+            tl.store(to, largest, mask=mask)
+            tl.store(to + HEADS, total, mask=mask)
+    return weights
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def merge_attention_kernel(
+    partial, partial_stats, holds, reduced, kept_stats, tiles,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr, BLOCK_LANES: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """The parts of `attention_weights`, and of `add_up` of the rows that these weigh."""
+    tile = tl.program_id(0).to(tl.int64)
+    segment = tl.load(holds + 4 * tile + 2)
+    if segment >= 0:
+        col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        col_mask = col < WIDTH
+        head = col // (WIDTH // HEADS)
+        largest = tl.full([BLOCK_LANES, BLOCK_COLS], float("-inf"), ACC)
+        total = tl.zeros([BLOCK_LANES, BLOCK_COLS], ACC)
+        result = tl.zeros([BLOCK_LANES, BLOCK_COLS], ACC)
+        last = _last_tile(holds, tile, segment, tiles, BLOCK_LANES)
+        for first in range(tile, last + 1, BLOCK_LANES):
+            tile_of = first + tl.arange(0, BLOCK_LANES)[:, None]
+            mask = (tile_of <= last) & col_mask
+            at = partial_stats + (2 * tile_of + (tile_of == tile)) * (2 * HEADS) + head
+            largest = tl.maximum(largest, tl.load(at, mask=mask, other=float("-inf")))
+        largest = tl.where(col_mask, tl.max(largest, 0, keep_dims=True), 0.0)
+        for first in range(tile, last + 1, BLOCK_LANES):
+            tile_of = first + tl.arange(0, BLOCK_LANES)[:, None]
+            mask = (tile_of <= last) & col_mask
+            part = 2 * tile_of + (tile_of == tile)
+            at = partial_stats + part * (2 * HEADS) + head
+            weight = tl.load(at + HEADS, mask=mask, other=0.0)
+            weight *= tl.exp(tl.load(at, mask=mask, other=float("-inf")) - largest)
+            total += weight
+            result += weight * tl.load(partial + part * WIDTH + col, mask=mask, other=0.0)
+        total = tl.where(col_mask, tl.sum(total, 0, keep_dims=True), 1.0)
+        result = tl.sum(result, 0, keep_dims=True) / total
+        tl.store(reduced + segment * WIDTH + col, result.to(reduced.dtype.element_ty), mask=col_mask)
+        mask = col_mask & (col % (WIDTH // HEADS) == 0)
+        to = kept_stats + segment * (2 * HEADS) + head
+        tl.store(to, largest, mask=mask)
+        tl.store(to + HEADS, 1.0 / total, mask=mask)
+
+
+@triton.jit
+def attention_weights_again(logits, kept_stats, segment, inside, HEADS: tl.constexpr):
+    """Softmax of logits over the rows of each segment, from what the forward pass kept; 0 for rows not `inside`."""
+    head = tl.arange(0, logits.shape[1])[None, :]
+    mask = inside[:, None] & (head < HEADS)
+    known = kept_stats + segment[:, None] * (2 * HEADS) + head
+    weights = tl.exp(logits - tl.load(known, mask=mask, other=0.0)) * tl.load(known + HEADS, mask=mask, other=0.0)
+    return tl.where(mask, weights, 0.0)

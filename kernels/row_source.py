@@ -44,13 +44,14 @@ class Operand:
 class Request:
     """What the kernels of a section depend on; the numbers of steps, tensors and indices are the program's.
 
-    written, reduced: steps, -1: none; reduction: of the latter; result: type of both; acc: arithmetic type; precision:
-    of float32 products; wanted: tensors whose gradients the backward kernel computes.
+    written, reduced, logits: steps, -1: none; reduction: of the second; result: type of results; acc: arithmetic type;
+    precision: of float32 products; wanted: tensors whose gradients the backward kernel computes.
     """
 
     steps: tuple[Step, ...]
     written: int
     reduced: int
+    logits: int
     reduction: str
     operands: tuple[Operand, ...]
     indices: tuple[tuple[int, str], ...]
@@ -115,15 +116,24 @@ def partitions(steps, shapes):
         elif step.op == "concat":
             parts = found[step.a] + found[step.b]
         elif step.op == "head_dot":
-            raise UnsupportedError("it has attention")
+            parts = parts_of(int(step.p1))
+            heads_and_width(found[step.a], parts)
         else:
             parts = found[step.a]
-            if step.op in ("add", "mul") and found[step.b] != parts:
-                raise UnsupportedError(f"step {number} joins rows of parts {found[step.a]} and {found[step.b]}")
+        if step.op in ("add", "mul", "head_dot") and found[step.a] != found[step.b]:
+            raise UnsupportedError(f"step {number} joins rows of parts {found[step.a]} and {found[step.b]}")
         if sum(parts) > MAX_WIDTH:
             raise UnsupportedError(f"step {number} has rows of width {sum(parts)}, of {MAX_WIDTH} at most")
         found.append(parts)
     return found
+
+
+def heads_and_width(parts, logits):
+    """(heads, columns of each) of rows of some parts, with logits of others."""
+    heads, width = sum(logits), sum(parts)
+    if width % heads or heads > MAX_COLS:
+        raise UnsupportedError(f"it has rows of width {width} in {heads} heads, of {MAX_COLS} at most")
+    return heads, width // heads
 
 
 class _Writer:
@@ -277,6 +287,23 @@ class _Writer:
         bias = self.vector(step.t1, number)
         return found if bias is None else self.each("{} + {}", found, bias)
 
+    def of_heads(self, numbers, number, logits):
+        """In each column of a step's rows the number that its head has, of a tile with a column per head."""
+        _, head = heads_and_width(self.parts[number], self.parts[logits])
+        return [
+            self.new(f"of_heads({numbers}, {first}, {count}, {head}, {cols})")
+            for first, count, cols in self.layout(number)
+        ]
+
+    def head_sums(self, x, number, logits):
+        """The sums over the columns of each head of values in the parts of a step's rows."""
+        _, head = heads_and_width(self.parts[number], self.parts[logits])
+        cols = columns(self.parts[logits])
+        return self.new(" + ".join(
+            f"head_sums({name}, {first}, {count}, {head}, {cols})"
+            for name, (first, count, _) in zip(x, self.layout(number), strict=True)
+        ))  # fmt: skip
+
     def forward(self, number, get):
         """The statements of a step; get(k): the parts of the result of step k."""
         step = self.steps[number]
@@ -310,6 +337,9 @@ class _Writer:
                 return self.dropout(a, number, step)
             case "concat":
                 return a + get(step.b)
+            case "head_dot":
+                along = self.head_sums(self.each("{} * {}", a, get(step.b)), step.a, number)
+                return [self.new(f"{step.p0!r} * {along}")]
         raise UnsupportedError(f"step {number} is {step.op}")
 
     # -- results
@@ -317,7 +347,8 @@ class _Writer:
     def result_pointers(self, names):
         """(name, type) of arguments of these names that hold results, their gradients, and what a reduction keeps."""
         acc, result = "*" + _short(self.request.acc), "*" + self.request.result
-        types = {"holds": "*i64", "partial": acc, "partial_rows": "*i32", "kept_stats": acc, "extremes": "*i32"}
+        types = {"holds": "*i64", "partial_rows": "*i32", "extremes": "*i32"}
+        types |= dict.fromkeys(("partial", "partial_stats", "kept_stats", "along"), acc)
         return [(name, types.get(name, result)) for name in names]
 
     def write(self, number, x):
@@ -326,18 +357,26 @@ class _Writer:
             self.line(f"store_rows(rows_out, row, inside, {name}, {self.width(number)}, {first}, {count})")
         return self.result_pointers(["rows_out"])
 
-    def reduce(self, number, x):
+    def reduce(self, number, get):
         """Reduces rows per segment of the tile; returns the arguments that this takes."""
+        x, logits, more = get(number), self.request.logits, []
+        self.line("rank = ranks_of(ptr, segment, row, inside)")
+        where = "ptr, segment, rank, row, end"
+        if self.request.reduction == "attention":
+            more = ["kept_stats", "partial_stats"]
+            heads = self.width(logits)
+            logits_of = f"{get(logits)[0]}, {where}, {', '.join(more)}, first_tile + tile, {heads}"
+            weights = self.new(f"attention_weights({logits_of})")
+            x = self.each("{} * {}", x, self.of_heads(weights, number, logits))
         if self.request.reduction == "statistics":
             function, names = "summarize", ["reduced", "kept_stats", "extremes", "partial", "partial_rows"]
         else:
             function, names = "add_up", ["reduced", "partial"]
-        self.line("rank = ranks_of(ptr, segment, row, inside)")
-        where = f"ptr, segment, rank, row, end, {', '.join(names)}, first_tile + tile, {self.width(number)}"
+        where += f", {', '.join(names)}, first_tile + tile, {self.width(number)}"
         for name, (first, count, _) in zip(x, self.layout(number), strict=True):
             self.line(f"{function}({name}, {where}, {first}, {count})")
         self.line("note_parts(ptr, segment, row, inside, end, holds, first_tile + tile)")
-        return self.result_pointers([*names, "holds"])
+        return self.result_pointers([*names, *more, "holds"])
 
     # -- the whole
 
@@ -407,7 +446,7 @@ def forward_source(request):
         if number == written:
             outputs += writer.write(number, get(number))
         if number == reduced:
-            outputs += writer.reduce(number, get(number))
+            outputs += writer.reduce(number, get)
     scalars = writer.scalars() + ([("first_tile", "i64")] if reduced >= 0 else [])
     arguments = (*writer.inputs(), *outputs, *scalars)
     names = ", ".join(name for name, _ in arguments)
@@ -609,6 +648,12 @@ class _Backward(_Writer):
                 split = len(self.parts[a])
                 self.give(a, grad[:split])
                 self.give(step.b, grad[split:])
+            case "head_dot":
+                (along,) = self.each(f"{step.p0!r} * {{}}", grad)
+                along = self.of_heads(along, a, number)
+                for to, other in ((a, step.b), (step.b, a)):
+                    if self.wants[to]:
+                        self.give(to, self.each("{} * {}", along, value(other)))
 
     def linear_backward(self, number, step, grad, value):
         self.give_vector(step.t1, number, grad)
@@ -660,7 +705,8 @@ class _Backward(_Writer):
         if written >= 0 and self.wants[written]:
             names.append("grad_rows")
             self.give(written, self.rows_at("grad_rows", "row", written))
-        if reduced < 0 or not self.wants[reduced]:
+        reducing = [number for number in (reduced, self.request.logits) if number >= 0 and self.wants[number]]
+        if not reducing:
             return self.result_pointers(names)
         names.append("grad_reduced")
         if self.request.reduction == "statistics":
@@ -670,9 +716,26 @@ class _Backward(_Writer):
                 self.new(f"statistics_backward({x}, {where}, {first}, {count})", "g")
                 for x, (first, count, _) in zip(self.recomputed(reduced, {}), self.layout(reduced), strict=True)
             ])  # fmt: skip
+        elif self.request.reduction == "attention":
+            names += ["kept_stats"] + ["along"] * self.attention_grads()
         else:
             self.give(reduced, self.rows_at("grad_reduced", "segment", reduced))
         return self.result_pointers(names)
+
+    def attention_grads(self):
+        """Gives the gradients of rows attended to and of their logits; returns whether it does the latter."""
+        number, logits, known = self.request.reduced, self.request.logits, {}
+        heads, acc = self.width(logits), self.request.acc
+        known_logits = self.recomputed(logits, known)[0]
+        weights = self.new(f"attention_weights_again({known_logits}, kept_stats, segment, inside, {heads})")
+        grad = self.rows_at("grad_reduced", "segment", number)
+        if self.wants[logits]:
+            product = self.head_sums(self.each("{} * {}", grad, self.recomputed(number, known)), number, logits)
+            cols = columns(self.parts[logits])
+            along = self.new(f"load_rows(along, segment, inside, {heads}, 0, {heads}, {cols}, {acc})")
+            self.give(logits, [self.new(f"{weights} * ({product} - {along})", "g")])
+        self.give(number, self.each("{} * {}", grad, self.of_heads(weights, number, logits)))
+        return self.wants[logits]
 
     def rows_at(self, table, at, number):
         """The rows `at` of a table in the parts of a step's rows."""

@@ -182,6 +182,28 @@ def abs_backward(grad, x):
 
 
 @triton.jit
+def head_sums(x, FIRST: tl.constexpr, COUNT: tl.constexpr, HEAD: tl.constexpr, COLS: tl.constexpr):
+    """[BLOCK, COLS]: sums over the columns of each head, of which x has FIRST to FIRST + COUNT; a head has HEAD."""
+    head_of, place = (FIRST + tl.arange(0, x.shape[1])) // HEAD, tl.arange(0, COLS)
+    found = tl.zeros([x.shape[0], COLS], x.dtype)
+    for head in range(FIRST // HEAD, (FIRST + COUNT - 1) // HEAD + 1):
+        total = tl.sum(tl.where((head_of == head)[None, :], x, 0.0), 1)
+        found = tl.where((place == head)[None, :], total[:, None], found)
+    return found
+
+
+@triton.jit
+def of_heads(numbers, FIRST: tl.constexpr, COUNT: tl.constexpr, HEAD: tl.constexpr, COLS: tl.constexpr):
+    """[BLOCK, COLS]: in each of the columns FIRST to FIRST + COUNT the number of its head."""
+    head_of, place = (FIRST + tl.arange(0, COLS)) // HEAD, tl.arange(0, numbers.shape[1])
+    found = tl.zeros([numbers.shape[0], COLS], numbers.dtype)
+    for head in range(FIRST // HEAD, (FIRST + COUNT - 1) // HEAD + 1):
+        number = tl.sum(tl.where((place == head)[None, :], numbers, 0.0), 1)
+        found = tl.where((head_of == head)[None, :], number[:, None], found)
+    return found
+
+
+@triton.jit
 def _mix(x):
     """32-bit finaliser "lowbias32" by C. Wellons."""
     x = (x ^ (x >> 16)) * 0x7FEB352D

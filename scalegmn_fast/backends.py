@@ -26,8 +26,6 @@ OPS = {
     "segment_reduce": ("cpp", "triton", "cuda"),
     "row_program": ("cpp", "triton", "cuda"),
 }
-# Reductions that a backend's row programs do not have.
-LACKS = {"triton": ("attention",)}
 
 DTYPES = {
     "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -154,15 +152,13 @@ def why_not(name: str, op: str, tensor: Tensor) -> str | None:
     return None
 
 
-def fuses(tensor: Tensor, reduction: str = "sum") -> bool:
-    """Whether models run tensors like this one as row programs with this reduction; never warns or raises.
+def fuses(tensor: Tensor) -> bool:
+    """Whether models run tensors like this one as row programs; never warns or raises.
 
     With "triton" or "cuda" chosen they do so on a GPU; "auto" does on the CPU alone, where it is measured to be faster.
     """
     name = "cpp" if active() == "auto" else active()
-    if name == "reference" or reduction in LACKS.get(name, ()):
-        return False
-    return why_not(name, "row_program", tensor) is None
+    return name != "reference" and why_not(name, "row_program", tensor) is None
 
 
 def warn_unfused(option: str, part: str, tensor: Tensor, reduction: str = "sum") -> None:

@@ -25,7 +25,7 @@ ACTIVATIONS = ("identity", "relu", "elu", "silu", "gelu", "tanh", "sigmoid")
 
 def serves(x: Tensor) -> bool:
     """Whether an engine of `row_program` runs programs on tensors like x."""
-    return backends.fuses(x, "attention")
+    return backends.fuses(x)
 
 
 def _activated(rows: TracedRows, name: str) -> TracedRows:

@@ -78,10 +78,8 @@ def test_which_backends_run_models_as_row_programs(monkeypatch):
     found = {}
     for name in (*backends.BACKENDS, "auto"):
         with scalegmn_fast.backend(name):
-            found[name] = {kind for kind in ("sum", "statistics", "attention") if backends.fuses(H, kind)}
-    everything = {"sum", "statistics", "attention"}
-    lacks = {"reference": everything, **{name: set(kinds) for name, kinds in backends.LACKS.items()}}
-    assert found == {name: everything - lacks.get(name, set()) for name in found}
+            found[name] = backends.fuses(H)
+    assert found == {"reference": False, "cpp": True, "triton": True, "cuda": True, "auto": True}
 
 
 def test_the_backward_pass_uses_the_backend_in_force_then(monkeypatch):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from scalegmn_fast.kernels import row_program as kernels
-from scalegmn_fast.kernels.row_source import UnsupportedError, parts_of
+from scalegmn_fast.kernels.row_source import parts_of
 
 from scalegmn_fast import backend, testing
 from scalegmn_fast.graph import GraphBatch
@@ -182,28 +182,11 @@ def test_a_nan_stays_in_its_segment(device):
 def test_every_operation_is_in_the_test_program(device):
     arguments = message(Inputs([4, 7], 5, torch.float64, device), dropout=0.5)
     seen = {step.op for section in sections(*arguments[2:5]) for step in section.steps}
-    assert seen | {"head_dot"} == set(OPERATIONS)  # that one is not served
+    assert seen | {"head_dot"} == set(OPERATIONS)  # in test_kernels_row_reductions
 
 
 def test_rows_wider_than_a_tile_are_parts():
     assert parts_of(128) == (128,) and parts_of(384) == (128, 128, 128) and parts_of(130) == (128, 2)
-
-
-def reducing(how, device):
-    program = RowProgram()
-    section = program.section(4)
-    x = section.load(torch.randn(4, 6, device=device))
-    section.summarize(x) if how == "statistics" else section.attend(x, section.head_dot(x, x, 2, 1.0))
-    return program, torch.tensor([0, 1, 4], device=device)
-
-
-@pytest.mark.parametrize("how", ["attention"])
-def test_what_is_not_served_says_so(how, device):
-    program, ptr = reducing(how, device)
-    with pytest.raises(UnsupportedError, match=how):
-        kernels.row_program(*program.arguments(ptr))
-    with backend("triton"), pytest.raises(RuntimeError, match=f"backend 'triton' cannot serve row_program: .*{how}"):
-        program.run(ptr)
 
 
 def test_too_wide(device):
@@ -247,16 +230,9 @@ def model_results(model, numbers, name, dtype, device):
     return [*outputs, *grads]
 
 
-@pytest.mark.parametrize("name", ["mnist_cls/scalegmn", "mnist_editing/scalegmn_bidir", "cifar10/scalegmn_hetero"])
-@pytest.mark.filterwarnings("ignore:d_hid and dropout_all override:UserWarning")
-def test_published_models(name, device, monkeypatch):
-    """Output and all gradients of whole models, whose every row program runs here, against float64."""
-    config = published_config(name)
-    config["data"]["layer_layout"] = LAYOUT
-    config["scalegmn_args"] |= {"d_hid": 16, "num_layers": 2}
-    model = from_config(config).eval()
+def assert_model_as_reference(model, numbers, device, monkeypatch):
+    """Output and all gradients of a whole model, whose every row program runs here, against float64."""
     testing.randomize_parameters(model, generator=torch.Generator().manual_seed(1), spread=0.02)
-    numbers = 9 if name.startswith("cifar10") else 1
     exact = model_results(model, numbers, "reference", torch.float64, device)
     eager = model_results(model, numbers, "reference", torch.float32, device)
     calls = []
@@ -270,3 +246,13 @@ def test_published_models(name, device, monkeypatch):
     for a, p, e in zip(found, eager, exact, strict=True):
         if float(e.abs().max()) > 1e-6 * scale:  # else rounding alone
             assert_close_to_float64(a, p, e, factor=8, ulps=256)
+
+
+@pytest.mark.parametrize("name", ["mnist_cls/scalegmn", "mnist_editing/scalegmn_bidir", "cifar10/scalegmn_hetero"])
+@pytest.mark.filterwarnings("ignore:d_hid and dropout_all override:UserWarning")
+def test_published_models(name, device, monkeypatch):
+    config = published_config(name)
+    config["data"]["layer_layout"] = LAYOUT
+    config["scalegmn_args"] |= {"d_hid": 16, "num_layers": 2}
+    numbers = 9 if name.startswith("cifar10") else 1
+    assert_model_as_reference(from_config(config).eval(), numbers, device, monkeypatch)

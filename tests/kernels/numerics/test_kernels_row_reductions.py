@@ -1,15 +1,25 @@
-"""Statistics in Triton's row programs, forward and backward, against the reference in float64."""
+"""Statistics and attention in Triton's row programs, forward and backward, against the reference in float64."""
 
 import pytest
 import torch
 from scalegmn_fast.kernels import row_program as kernels
-from test_kernels_row_program import REFERENCE, TRITON, assert_as_reference, cast, results
+from test_kernels_row_program import (
+    LAYOUT,
+    REFERENCE,
+    TRITON,
+    assert_as_reference,
+    assert_model_as_reference,
+    cast,
+    results,
+)
 
+from scalegmn_fast import backend
+from scalegmn_fast.models import from_config, neural_graphs_config
 from scalegmn_fast.ops.row_program import RowProgram
-from scalegmn_fast.testing import relative_error
+from scalegmn_fast.testing import nan_poisoned, relative_error
 
 NODES = 7
-REDUCTIONS = ("statistics",)
+REDUCTIONS = ("statistics", "attention")
 SEGMENTS = {
     "no rows": [0, 0, 0],
     "one row": [1],
@@ -18,7 +28,7 @@ SEGMENTS = {
     "ends on tiles": [32, 32, 64],
     "all of one row": [1] * 70,
 }
-WIDTHS = (1, 33, 130)
+HEADS = {1: 1, 6: 2, 32: 4, 33: 3, 130: 2}  # of 130 columns the second head lies in two tiles
 
 
 def program(reduction, lengths, width, dtype, device, offset=0.0):
@@ -30,29 +40,41 @@ def program(reduction, lengths, width, dtype, device, offset=0.0):
         return (torch.randn(*shape, dtype=torch.float64) * scale).to(device, dtype)
 
     e, x, bias = draw(rows, width) + offset, draw(NODES, width), draw(width)
-    maps = [draw(width, width, scale=width**-0.5) for _ in range(2)]
+    maps = [draw(width, width, scale=width**-0.5) for _ in range(3)]
     index = torch.randint(NODES, (rows,)).to(device)
     cut = int(ptr[len(lengths) // 2])
     run = RowProgram()
     for number, count in enumerate((cut, rows - cut)):
         s = run.section(count)
         loaded = s.load(e)
-        s.summarize(s.load_add(s.linear(loaded, maps[0], bias) if number else loaded, x, index))
+        value = s.load_add(s.linear(loaded, maps[0], bias) if number else loaded, x, index)
+        if reduction == "statistics":
+            s.summarize(value)
+        else:
+            query = s.load_mul(s.linear(loaded, maps[2]), x, index)
+            s.attend(value, s.head_dot(query, s.add_vector(loaded, bias), HEADS[width], 0.7))
         if number == 0:
             s.write(s.norm_act(s.linear(loaded, maps[1], bias), None, None, "gelu", 1.0))
     return list(run.arguments(ptr))
 
 
+def assert_equal_in_float64(arguments):
+    with nan_poisoned():
+        found = results(TRITON, arguments)
+    for a, e in zip(found, results(REFERENCE, arguments), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS.keys())
 def test_reduced_segments(reduction, lengths, device):
-    assert_as_reference(program(reduction, lengths, 6, torch.float64, device))
+    assert_equal_in_float64(program(reduction, lengths, 6, torch.float64, device))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [1, 33, 130])
 def test_reduced_widths(reduction, width, device):
-    assert_as_reference(program(reduction, [3, 0, 40], width, torch.float64, device))
+    assert_equal_in_float64(program(reduction, [3, 0, 40], width, torch.float64, device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -113,3 +135,71 @@ def test_ties_and_nans_of_extremes(device):
     cotangent[0, 4:] = cotangent[1, [4, 6]] = 1.0
     (grad,) = kernels.row_program_backward(cotangent, rows, reduced, kept, extremes, *arguments, [True])
     assert grad[:, 0].nonzero().flatten().tolist() == [0, 1, 80] and grad[[0, 1, 80], 0].tolist() == [1.0, 1.0, 2.0]
+
+
+def attention(x, logits, ptr, heads):
+    """Rows x, each head weighted by its column of logits."""
+    run = RowProgram()
+    section = run.section(x.shape[0])
+    section.attend(
+        section.load(x), section.head_dot(section.load(logits), section.load(torch.ones_like(logits)), heads, 1)
+    )
+    return run.arguments(ptr)
+
+
+def test_what_attention_keeps(device):
+    """The largest logit of each head, and 1 / the sum of the exponentials of the differences to it."""
+    x, logits = torch.randn(150, 6, device=device), 10 * torch.randn(150, 3, device=device)
+    ptr = torch.tensor([0, 0, 3, 140, 150, 150], device=device)
+    _, _, kept, extremes = kernels.row_program(*attention(x, logits, ptr, 3))
+    assert kept.shape == (5, 6) and extremes.shape == (0,)
+    for segment, (begin, end) in enumerate(zip(ptr[:-1].tolist(), ptr[1:].tolist(), strict=True)):
+        if begin == end:
+            assert not kept[segment].any()
+            continue
+        largest, share = kept[segment].chunk(2)
+        assert torch.equal(largest, logits[begin:end].amax(0))
+        torch.testing.assert_close(1 / share, (logits[begin:end] - largest).exp().sum(0))
+
+
+@pytest.mark.parametrize("scale", [1e4, 3e37])
+def test_large_logits(scale, device):
+    """One row takes all of the weight, wherever among the tiles it lies."""
+    x, logits = torch.randn(100, 4, device=device), torch.randn(100, 2, device=device)
+    arguments = attention(x, (scale * logits).contiguous(), torch.tensor([0, 3, 100], device=device), 2)
+    for row, (begin, end) in enumerate(((0, 3), (3, 100))):
+        chosen = begin + logits[begin:end].argmax(0)
+        expected = torch.cat([x[chosen[0], :2], x[chosen[1], 2:]])
+        torch.testing.assert_close(kernels.row_program(*arguments)[0][row], expected)
+    assert all(gradient.isfinite().all() for gradient in results(TRITON, arguments)[2:])
+
+
+def test_a_nan_stays_in_its_head_and_segment(device):
+    x, logits = torch.randn(100, 4, device=device), torch.randn(100, 2, device=device)
+    logits[50, 1] = float("nan")
+    out = kernels.row_program(*attention(x, logits, torch.tensor([0, 35, 90, 100], device=device), 2))[0]
+    assert out[1, 2:].isnan().all() and out[1, :2].isfinite().all() and out[[0, 2]].isfinite().all()
+
+
+def test_heads_that_do_not_divide_a_row(device):
+    run = RowProgram()
+    section = run.section(4)
+    x = section.load(torch.randn(4, 6, device=device))
+    section.attend(x, section.head_dot(x, x, 4, 1.0))
+    ptr = torch.tensor([0, 4], device=device)
+    with backend("triton"), pytest.raises(RuntimeError, match="rows of width 6 in 4 heads, of 128 at most"):
+        run.run(ptr)
+
+
+NEURAL_GRAPHS = {
+    "inr_classification/pna": {"gnn_backbone": {"num_layers": 2}},
+    "inr_classification/rtransformer": {"d_node": 16, "d_edge": 8, "d_attn_hid": 16, "n_heads": 2, "n_layers": 2},
+}
+
+
+@pytest.mark.parametrize("name", list(NEURAL_GRAPHS))
+def test_published_neural_graphs(name, device, monkeypatch):
+    config, changes = neural_graphs_config(name), {"layer_layout": LAYOUT, **NEURAL_GRAPHS[name]}
+    for key, value in {**changes, "graph_constructor": {"sin_emb_dim": 8}}.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    assert_model_as_reference(from_config(config).eval(), 1, device, monkeypatch)
