@@ -161,12 +161,12 @@ def fuses(tensor: Tensor) -> bool:
     return name != "reference" and why_not(name, "row_program", tensor) is None
 
 
-def warn_unfused(option: str, part: str, tensor: Tensor, reduction: str = "sum") -> None:
+def warn_unfused(option: str, part: str, tensor: Tensor) -> None:
     """Warns, once per process and option, that a part of a model runs as PyTorch operators because of the option.
 
     Silent where tensors like this one run as operators whatever the options, and under `torch.compile`.
     """
-    if torch.compiler.is_compiling() or option in _warned or not fuses(tensor, reduction):
+    if torch.compiler.is_compiling() or option in _warned or not fuses(tensor):
         return
     _warned.add(option)
     warnings.warn(

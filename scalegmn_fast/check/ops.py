@@ -26,20 +26,15 @@ FACTOR, UNITS, UNITS_HALF = 4.0, 16.0, 2.0
 
 @dataclass(frozen=True)
 class OpCase:
-    """``function(module, *leaves)`` calls the op of `ops` or of `reference`; leaves are float64 tensors on the CPU.
-
-    ``reduction``: of a row program, if not every backend has it.
-    """
+    """``function(module, *leaves)`` calls the op of `ops` or of `reference`; leaves are float64 tensors on the CPU."""
 
     op: str
     case: str
     leaves: tuple[Tensor, ...]
     function: Callable[..., Tensor]
-    reduction: str = "sum"
 
     def served_by(self, backend: str) -> bool:
-        serves = backend in ("reference", *backends.OPS[self.op])
-        return serves and self.reduction not in backends.LACKS.get(backend, ())
+        return backend in ("reference", *backends.OPS[self.op])
 
 
 def op_cases(seed: int = 0) -> Iterator[OpCase]:
@@ -141,7 +136,7 @@ def _row_program_cases(randn: Callable[..., Tensor], generator: torch.Generator)
                 section.write(section.norm_act(value, None, None, "gelu", 1.0))
                 return torch.cat([out.flatten() for out in module.row_program(program, ptr.to(e.device))])
 
-            yield OpCase("row_program", f"{reduction} d={d}", (*tables, *maps[:2], vectors[0]), reduced, reduction)
+            yield OpCase("row_program", f"{reduction} d={d}", (*tables, *maps[:2], vectors[0]), reduced)
 
 
 def check_ops(places: Sequence[tuple[str, str]], *, seed: int = 0) -> Iterator[Row]:

@@ -129,7 +129,7 @@ class PnaConv(nn.Module):
         if not unserved and fused_neural_graphs.serves(x):
             return self._fused(x, state, edges, rows, writes, head)
         for option in unserved:
-            backends.warn_unfused(option, "messages and edge updates run", x, "attention")
+            backends.warn_unfused(option, "messages and edge updates run", x)
         e = state.dense(edges.source, edges.target)
         aggregated = pna_message(
             x,
