@@ -54,7 +54,7 @@ def test_marked_blocks_run_in_order(page, tmp_path, monkeypatch):
 
 
 def test_pages_have_running_blocks():
-    assert {page.stem for page in RUNNING} >= {"drop-in", "how-the-kernels-work", "pytorch", "quickstart"}
+    assert {page.stem for page in RUNNING} >= {"drop-in", "how-the-kernels-work", "pytorch", "quickstart", "tracing"}
     for page in PAGES:
         assert page.read_text().count("<!-- run -->") == len(blocks(page)), f"{page.name}: a mark without a block"
 

@@ -143,8 +143,8 @@ class ScaleGMNConfig:
         edge_memory: ``store`` writes every round's edge features out, [E, d_hid], and keeps them for the backward pass.
             ``recompute`` writes none: each round computes them again from the networks' weights, tile by tile, which
             costs a few products per edge and earlier round; the memory left is that of nodes and of the weights
-            themselves. ``auto``: ``store`` unless that would take more than half of the memory that is available.
-            ``recompute`` is the CPU engine's; with dropout in the mlps, rounds in training are stored.
+            themselves. ``auto``: ``store`` unless, on a CPU, that would take more than half of the memory that is
+            available. ``recompute`` is of row programs; with dropout in the mlps, rounds in training are stored.
         exact_edge_encoding: in an ``equiv_net`` positional net, edges into output neurons scale with their source.
         sections: overrides of single keys of the original's sections, e.g. ``{"mlp_args": {"activation": "elu"}}``.
     """

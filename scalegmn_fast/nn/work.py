@@ -18,8 +18,8 @@ class WorkPlan:
         low_rank: layer-0 edge features stay factored as ``map @ weight`` (off: [E, d] from the start).
         share: ``rho(x) + rho(-x)`` runs rho's first linear map once.
         compose: two linear maps with nothing between them become one.
-        fuse: where a `row_program` engine serves the tensors (on the CPU; on a GPU where ``triton`` is chosen) and all
-            of the above are on, messages, edge updates and node updates run as programs, tile by tile.
+        fuse: where a `row_program` engine serves the tensors (on a GPU where it is chosen) and all of the above are on,
+            messages, edge updates and node updates run as programs, tile by tile.
     """
 
     partition: bool = True
