@@ -1,19 +1,26 @@
-"""The documentation: marked code blocks run, links lead somewhere, every page is in the navigation."""
+"""The documentation: marked blocks run, commands parse, links and paths lead somewhere, every page is in the site."""
 
+import argparse
 import importlib
 import inspect
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+
+from scalegmn_fast.cli import COMMANDS
+from scalegmn_fast.train.config import apply_overrides, load_config, validate_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^<!-- run -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 IMAGE = re.compile(r"!\[[^\]]*\]\(images/(\w+\.svg)\)")
+COMMAND = re.compile(r"^(?:scalegmn-fast|torchrun .*?-m scalegmn_fast) (.+)$", re.MULTILINE)
+PATH = re.compile(r"`((?:\w[\w.-]*/)+\w+\.(?:py|cpp|h|cu|md|json))`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -77,6 +84,28 @@ def test_relative_links_lead_somewhere(page):
         if not target.exists() or (anchor and anchor not in anchors(target)):
             missing.append(link)
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_are_understood(page):
+    """Arguments are those of the commands, overrides known keys of the configuration."""
+    for command in COMMAND.findall(page.read_text().replace("\\\n", " ")):
+        name, *arguments = shlex.split(command, comments=True)
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        importlib.import_module(COMMANDS[name][0]).configure(parser)
+        args = parser.parse_args(arguments)
+        if getattr(args, "overrides", None):
+            validate_config(apply_overrides(load_config(args.config), args.overrides))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_paths_and_modules_exist(page):
+    text = page.read_text()
+    folders = [ROOT, ROOT / "scalegmn_fast"]
+    paths = [path for path in PATH.findall(text) if not re.search("STEM|GPU", path)]
+    modules = [name.replace("scalegmn_fast.kernels", "kernels") for name in re.findall(r"python -m ([\w.]+)", text)]
+    paths += [f"{name.replace('.', '/')}.py" for name in modules if name != "scalegmn_fast"]
+    assert not [path for path in paths if not any((folder / path).exists() for folder in folders)]
 
 
 def test_every_page_is_in_the_navigation():
