@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from scalegmn_fast import cli
 from scalegmn_fast.data import (
     CnnSet,
     LayerStatistics,
@@ -38,8 +39,8 @@ VARIABLES = (
 )
 
 
-def write_zoo(folder, *, networks=20, steps=(0, 86), activations=("relu", "tanh")):
-    """Rows: network by network, step by step; accuracies are row numbers / 1000."""
+def write_zoo(folder, *, networks=20, steps=(0, 86), activations=("relu", "tanh"), accuracies=None):
+    """Rows: network by network, step by step; accuracies are row numbers / 1000, or what is made of the weights."""
     folder.mkdir(exist_ok=True)
     rows, start, layout = networks * len(steps), 0, ["varname,start_idx,end_idx,shape,size"]
     for name, shape in VARIABLES:
@@ -49,10 +50,12 @@ def write_zoo(folder, *, networks=20, steps=(0, 86), activations=("relu", "tanh"
     (folder / "layout.csv").write_text("\n".join(layout) + "\n")
     weights = np.random.Generator(np.random.PCG64(0)).standard_normal((rows, start)).astype(np.float32)
     np.save(folder / "weights.npy", weights)
+    accuracies = np.arange(rows) / 1000 if accuracies is None else accuracies(weights)
     lines = ["modeldir,step,test_accuracy,config.activation"]
     for row in range(rows):
         network = row // len(steps)
-        lines.append(f"m{network},{steps[row % len(steps)]},{row / 1000},{activations[network % len(activations)]}")
+        activation = activations[network % len(activations)]
+        lines.append(f"m{network},{steps[row % len(steps)]},{accuracies[row]},{activation}")
     with gzip.open(folder / "metrics.csv.gz", "wt") as handle:
         handle.write("\n".join(lines) + "\n")
     return weights
@@ -71,9 +74,10 @@ PARK = (
 )
 
 
-def write_park(folder, *, count=12, config=dict):
-    """Checkpoints, and splits of two thirds, a sixth and a sixth; the score of network k is k / 100."""
-    names = []
+def write_park(folder, *, count=12, config=dict, score=None):
+    """Checkpoints, and splits of two thirds, a sixth and a sixth; the score of network k is k / 100, or what is made of
+    its state."""
+    names, scores = [], []
     for k in range(count):
         channels, kernels, activations, residuals = PARK[k % len(PARK)]
         name = f"zoo/trial_{k}/checkpoint_000010/checkpoint.pt"
@@ -81,12 +85,13 @@ def write_park(folder, *, count=12, config=dict):
         path.parent.mkdir(parents=True, exist_ok=True)
         made = config(n_layers=len(kernels), channels=channels, activation=activations, residual=residuals)
         state = state_of(channels, kernels, k)
+        scores.append(k / 100 if score is None else score(state))
         torch.save({"model": state, "optimizer": {"state": {}}, "config": made, "iteration": 10}, path)
         names.append(name)
     parts = {"train": range(0, count * 2 // 3), "val": range(count * 2 // 3, count * 5 // 6),
              "test": range(count * 5 // 6, count)}  # fmt: skip
     splits = {
-        part: {"path": [names[k] for k in chosen], "score": [k / 100 for k in chosen], "step": [10 for _ in chosen]}
+        part: {"path": [names[k] for k in chosen], "score": [scores[k] for k in chosen], "step": [10 for _ in chosen]}
         for part, chosen in parts.items()
     }
     (folder / "splits.json").write_text(json.dumps(splits))
@@ -97,6 +102,11 @@ def run_pack(*arguments):
     parser = argparse.ArgumentParser()
     pack.configure(parser)
     return pack.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def run_command(command, *arguments):
+    threads = () if command == "pack" else ("--threads", "1", "--device", "cpu")
+    assert cli.main([command, *map(str, (*arguments, *threads))]) == 0
 
 
 @pytest.fixture
@@ -227,6 +237,48 @@ def test_park_through_the_command(tmp_path, capsys):
     splits = write_park(tmp_path / "park")
     assert run_pack(tmp_path / "park", tmp_path / "p.safetensors", "--splits", splits, "--quiet") == 0
     assert "12 CNNs, 3 architectures; 8 train, 2 val, 2 test" in capsys.readouterr().out
+
+
+# Published models made small; ``model.`` before each key.
+SMALL_MODELS = {
+    "pna": {"d_hid": 16, "gnn_backbone.num_layers": 2},
+    "rtransformer": {"d_node": 16, "d_edge": 4, "d_attn_hid": 16, "d_node_hid": 16, "d_edge_hid": 8, "d_out_hid": 16,
+                     "n_heads": 2, "n_layers": 2, "dropout": 0.0},
+}  # fmt: skip
+
+
+def mean_bias(values):
+    return float(1 / (1 + np.exp(-values.mean())))
+
+
+@pytest.mark.parametrize("kind", SMALL_MODELS)
+@pytest.mark.parametrize("source", ["zoo", "park"])
+def test_from_a_zoo_to_an_evaluated_checkpoint(source, kind, tmp_path, capsys):
+    """At the command line: pack, train a model of varying architectures, evaluate. Accuracy is a function of the last
+    biases, so that it can be learnt."""
+    folder, data, out = tmp_path / source, tmp_path / "packed.safetensors", tmp_path / "out"
+    if source == "zoo":
+        # Of the variables, those of the dense layer's biases.
+        place = slice(-16, -12)
+        write_zoo(folder, networks=60, steps=(86,), accuracies=lambda w: [mean_bias(row[place]) for row in w])
+        arguments = []
+    else:
+        arguments = ["--splits", write_park(folder, count=36, score=lambda s: mean_bias([*s.values()][-1].numpy()))]
+    run_command("pack", folder, data, "--quiet", *arguments)
+    changes = {**SMALL_MODELS[kind], "num_classes": 4, "graph_constructor.inp_factor": 0.3,
+               "graph_constructor.sin_emb_dim": 8, **({"gnn_backbone.deg": None} if kind == "pna" else {})}  # fmt: skip
+    overrides = [a for key, value in changes.items() for a in ("--set", f"model.{key}={json.dumps(value)}")]
+    overrides += ["--set", "optimization.optimizer_args.lr=1e-2", "--epochs", "20", "--batch-size", "8"]
+    run_command(
+        "train", f"cnn_{source}/{kind}", "--data", data, "--out", out, *overrides, "--no-progress", "--no-plots"
+    )
+    result = json.loads((out / "metrics.json").read_text())
+    errors = [row["train"]["mse"] for row in result["epochs"]]
+    assert min(errors) < 0.8 * errors[0], errors
+    run_command("eval", out / "best.pt", "--data", data, "--json", tmp_path / "e.json")
+    assert "Kendall's tau" in capsys.readouterr().out
+    again = json.loads((tmp_path / "e.json").read_text())
+    assert {name: again[name] for name in result["test"]} == result["test"]
 
 
 def test_statistics_are_per_layer_over_kernels_without_padding(park):
