@@ -5,6 +5,7 @@ python -m bench.report
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -166,4 +167,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0]).parse_args()
     main()
