@@ -2,8 +2,8 @@
 
 `configurations` lists each kernel in each tile that the launchers of this package choose, `variants` the other types,
 alignments and options; `compile_all` compiles them, `usage` reads what one needs out of its machine code. Kernels of
-row programs are generated: `row_section` writes a message with its edge update, the largest section of a round, and
-`compile_section` compiles its kernels.
+row programs are generated: `row_section` writes those of the largest sections of models, `compile_section` and
+`compile_merge` compile them, and the kernels that merge what is reduced.
 """
 
 import concurrent.futures
@@ -203,8 +203,42 @@ def compile_build(build, architecture):
     return Compiled(dict(kernel.asm), kernel.metadata.shared, kernel.metadata.num_warps)
 
 
-def row_section(direction, width, dtype, precision):
-    """The `row_program.Section` of a message and edge update as `mnist_cls/scalegmn` has them.
+def _message(section, table, maps, vectors, source, target):
+    """A message with its edge update, as `mnist_cls/scalegmn` has them."""
+    e = section.load(table())
+    m = section.load_mul(section.linear(e, maps()), table(), source)
+    h = section.symmetrize(section.linear(m, maps()), vectors(), vectors(), vectors(), "silu", 1.0)
+    h = section.norm_act(section.linear(h, maps(), vectors()), vectors(), vectors(), "silu", 1.0)
+    section.add_up(section.mul(section.linear(m, maps()), section.linear(h, maps(), vectors())))
+    ends = section.load_add(section.load(table(), source), table(), target)
+    gate = section.linear(section.norm_act(ends, vectors(), vectors(), "silu", 1.0), maps(), vectors())
+    section.write(section.mul(section.linear(e, maps()), gate))
+
+
+def _attention(section, table, maps, vectors, source, target):
+    """An edge update and the attention that reads it, of 8 heads, as NG-T has them."""
+
+    def normed(x, y):
+        return section.norm_act(section.add(x, y), vectors(), vectors(), "identity", 1.0)
+
+    e = section.load(table())
+    h = section.linear(section.concat(e, section.load(table(), target)), torch.cat([maps(), maps()], dim=1), vectors())
+    h = section.load_add(section.load_add(h, table(), source), table(), target)
+    e = normed(section.linear(section.norm_act(h, None, None, "gelu", 1.0), maps(), vectors()), e)
+    h = section.linear(section.norm_act(section.linear(e, maps()), None, None, "gelu", 1.0), maps(), vectors())
+    e = normed(e, h)
+    section.write(e)
+    query, key, shift, scale = (section.linear(e, maps()) for _ in range(4))
+    value = section.add(section.load_mul(scale, table(), target), shift)
+    query, key = section.load_add(query, table(), source), section.load_add(key, table(), target)
+    section.attend(value, section.head_dot(query, key, 8, 0.25))
+
+
+ROW_PROGRAMS = {"message": _message, "attention": _attention}
+
+
+def row_section(name, direction, width, dtype, precision):
+    """The `row_program.Section` of one of `ROW_PROGRAMS`.
 
     direction: "forward" or "backward"; dtype: torch.float32 or torch.bfloat16, of tables and weights; precision: of
     float32 products.
@@ -214,15 +248,7 @@ def row_section(direction, width, dtype, precision):
     source, target = torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
     table, maps, vectors = (lambda: matrix[:1].clone()), (lambda: matrix.clone()), (lambda: vector.clone())
     program = RowProgram()
-    section = program.section(1)
-    e = section.load(table())
-    m = section.load_mul(section.linear(e, maps()), table(), source)
-    h = section.symmetrize(section.linear(m, maps()), vectors(), vectors(), vectors(), "silu", 1.0)
-    h = section.norm_act(section.linear(h, maps(), vectors()), vectors(), vectors(), "silu", 1.0)
-    section.add_up(section.mul(section.linear(m, maps()), section.linear(h, maps(), vectors())))
-    ends = section.load_add(section.load(table(), source), table(), target)
-    gate = section.linear(section.norm_act(ends, vectors(), vectors(), "silu", 1.0), maps(), vectors())
-    section.write(section.mul(section.linear(e, maps()), gate))
+    ROW_PROGRAMS[name](program.section(1), table, maps, vectors, source, target)
     tensors, indices, bounds, code, constants, *_ = program.arguments(torch.tensor([0, 1]))
     wanted = None if direction == "forward" else [True] * len(tensors)
     return row_program.plan_of(tensors, indices, bounds, code, constants, wanted, precision)[0]
@@ -242,14 +268,33 @@ def compile_section(section, architecture):
     return found
 
 
+def compile_merge(reduction, architecture):
+    """The `Compiled` form of the kernel that merges parts of a reduction, at width 128, of 8 heads."""
+    kernel, names = row_program.MERGES[reduction]
+    constants = row_program.merge_constants(128, 8 if reduction == "attention" else 0, tl.float32)
+    options = {name: constants.pop(name) for name in OPTIONS}
+    types = {"holds": "*i64", "partial_rows": "*i32", "extremes": "*i32"}
+    signature = {name: types.get(name, "*fp32") for name in names}
+    attributes = {(k,): [["tt.divisibility", 16]] for k in range(len(names))}
+    signature |= {"tiles": "i32"} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constants, attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return Compiled(dict(kernel.asm), kernel.metadata.shared, kernel.metadata.num_warps)
+
+
+def row_usage(case, architecture):
+    """The `Usage` of each kernel of `row_section(*case)`."""
+    return [usage(kernel) for kernel in compile_section(row_section(*case), architecture)]
+
+
 def _from_scratch(folder):
     """What a compiling process starts with: a cache of its own, and no line numbers in the code."""
     triton.knobs.cache.dir = folder
     triton.knobs.compilation.disable_line_info = True
 
 
-def compile_all(builds, jobs):
-    """{(build, architecture): `Compiled`} for all architectures, from scratch, in `jobs` processes.
+def compile_all(builds, jobs, function=compile_build):
+    """{(build, architecture): function(build, architecture)} for all architectures, from scratch, in `jobs` processes.
 
     Not in threads: Triton parses source text, and CPython 3.11's parser counts its recursion for all threads together.
     """
@@ -259,7 +304,8 @@ def compile_all(builds, jobs):
         tempfile.TemporaryDirectory() as folder,
         concurrent.futures.ProcessPoolExecutor(jobs, spawn, _from_scratch, (folder,)) as pool,
     ):
-        return dict(zip(pairs, pool.map(compile_build, *zip(*pairs, strict=True), chunksize=4), strict=True))
+        chunk = 4 if function is compile_build else 1
+        return dict(zip(pairs, pool.map(function, *zip(*pairs, strict=True), chunksize=chunk), strict=True))
 
 
 def usage(compiled):

@@ -18,15 +18,22 @@ from .compile import (
     ARCHITECTURES,
     SHARED_MEMORY,
     compile_all,
-    compile_section,
     configurations,
     row_section,
+    row_usage,
     usage,
     variants,
 )
 
-ROW_CASES = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"))
-ROW_WIDTHS = (64, 128)
+# (program, width, dtype, precision)
+ROW_CASES = (
+    ("message", 128, torch.bfloat16, "ieee"),
+    ("message", 128, torch.float32, "tf32"),
+    ("message", 64, torch.bfloat16, "ieee"),
+    ("message", 64, torch.float32, "tf32"),
+    ("attention", 64, torch.bfloat16, "ieee"),
+    ("attention", 64, torch.float32, "tf32"),
+)
 
 INTRODUCTION = """# Triton kernels, compiled ahead of time
 
@@ -80,17 +87,21 @@ def page(jobs):
     )
 
 
-def row_table():
-    """A Markdown table of the kernels of a message with its edge update: the most that one of them needs."""
-    lines = ["| kernels | products | width | rows x warps | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |"]
-    lines.append("| --- " * (4 + len(ARCHITECTURES)) + "|")
-    for direction, (dtype, precision), width in itertools.product(("forward", "backward"), ROW_CASES, ROW_WIDTHS):
-        section = row_section(direction, width, dtype, precision)
-        name = "bf16" if dtype == torch.bfloat16 else precision
-        cells = [f"{direction}, {len(section.source.kernels)}", name, str(width)]
+def row_table(jobs):
+    """A Markdown table of the kernels of row programs: the most that one of a section's kernels needs."""
+    cases = [(name, direction, *case) for name, *case in ROW_CASES for direction in ("forward", "backward")]
+    usages = compile_all(cases, jobs, row_usage)
+    lines = ["| program | kernels | products | width | rows x warps | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES)]
+    lines[0] += " |"
+    lines.append("| --- " * (5 + len(ARCHITECTURES)) + "|")
+    for case in cases:
+        name, direction, width, dtype, precision = case
+        section = row_section(*case)
+        cells = [name, f"{direction}, {len(section.source.kernels)}"]
+        cells += ["bf16" if dtype == torch.bfloat16 else precision, str(width)]
         cells.append(f"{section.tile.rows} x {section.tile.warps}")
         for architecture in ARCHITECTURES:
-            used = [usage(kernel) for kernel in compile_section(section, architecture)]
+            used = usages[case, architecture]
             shared, spills = max(u.shared for u in used), [u.spills for u in used]
             cells.append(f"{shared // 1024} KB, {max(spills)} B in {sum(spill > 0 for spill in spills)}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -103,7 +114,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="builds at a time (default: all cores)")
     parser.add_argument("--row-programs", action="store_true", help="the table of row programs instead")
     arguments = parser.parse_args()
-    text = row_table() if arguments.row_programs else page(arguments.jobs)
+    text = row_table(arguments.jobs) if arguments.row_programs else page(arguments.jobs)
     if arguments.output is None:
         sys.stdout.write(text)
     else:

@@ -15,14 +15,13 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from scalegmn_fast.reference.row_program import result_dtype, sections
 
 from . import row_reductions, row_source
 from .row_source import Operand, Request, UnsupportedError
 from .segment_reduce import segment_reduce
-from .tiles import launch_options
+from .tiles import accumulator_type, launch_options
 
 PROGRAMS = 264
 MERGE_LANES, MERGE_COLS, MERGE_WARPS = 16, 128, 4
@@ -64,6 +63,12 @@ class Tile(NamedTuple):
 def tile_of(width, low_precision):
     """The launch configuration of a section whose widest tile has `width` columns."""
     return Tile(64 if low_precision and width <= 128 else 32, 8)
+
+
+def merge_constants(width, heads, acc):
+    """Constants and options of a merging kernel's launch; heads: 0 without attention."""
+    constants = {"WIDTH": width, "ACC": acc, "BLOCK_LANES": MERGE_LANES, "BLOCK_COLS": MERGE_COLS}
+    return constants | ({"HEADS": heads} if heads else {}) | launch_options(MERGE_WARPS)
 
 
 class Section(NamedTuple):
@@ -109,12 +114,10 @@ class Reduction:
         if self.tiles < 2:
             return
         kernel, names = MERGES[self.kind]
-        heads = {"HEADS": self.heads} if self.heads else {}
+        constants = merge_constants(self.width, self.heads, accumulator_type(self.wide))
         kernel[(self.tiles, triton.cdiv(self.width, MERGE_COLS))](
-            *(self.names[name] for name in names), self.tiles,
-            WIDTH=self.width, ACC=tl.float64 if self.wide == torch.float64 else tl.float32,
-            BLOCK_LANES=MERGE_LANES, BLOCK_COLS=MERGE_COLS, **heads, **launch_options(MERGE_WARPS),
-        )  # fmt: skip
+            *(self.names[name] for name in names), self.tiles, **constants
+        )
 
     def results(self):
         """(what is reduced, what is kept, rows of the extremes)"""

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from scalegmn_fast.kernels import compile as aot  # noqa: E402
-from scalegmn_fast.kernels import segment_reduce, symmetrize  # noqa: E402
+from scalegmn_fast.kernels import row_program, segment_reduce, symmetrize  # noqa: E402
 
 # The fixture that compiles counts towards the first test that uses it.
 pytestmark = pytest.mark.timeout(600)
@@ -75,8 +75,9 @@ def test_the_page_in_docs_lists_every_build():
 
 @pytest.fixture(scope="module")
 def row_kernels():
-    """The kernels of a message with its edge update at width 64 in bfloat16, forward and backward, for sm_90."""
-    sections = [aot.row_section(direction, 64, torch.bfloat16, "ieee") for direction in ("forward", "backward")]
+    """The kernels of the programs of the report at width 64 in bfloat16, forward and backward, for sm_90."""
+    cases = itertools.product(aot.ROW_PROGRAMS, ("forward", "backward"))
+    sections = [aot.row_section(*case, 64, torch.bfloat16, "ieee") for case in cases]
     return [kernel for section in sections for kernel in aot.compile_section(section, 90)]
 
 
@@ -84,6 +85,13 @@ def test_row_programs_fit_into_shared_memory_and_hardly_spill(row_kernels):
     for kernel in row_kernels:
         used = aot.usage(kernel)
         assert used.spills <= 64 and used.shared <= aot.SHARED_MEMORY[90]
+
+
+@pytest.mark.parametrize("reduction", list(row_program.MERGES))
+def test_kernels_that_merge_parts_do_not_spill(reduction):
+    for architecture in aot.ARCHITECTURES:
+        used = aot.usage(aot.compile_merge(reduction, architecture))
+        assert used.spills == 0 and used.shared <= aot.SHARED_MEMORY[architecture]
 
 
 def test_row_offsets_of_row_programs_are_64_bit(row_kernels):
