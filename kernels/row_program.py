@@ -21,6 +21,7 @@ from scalegmn_fast.reference.row_program import result_dtype, sections
 from . import row_reductions, row_source
 from .row_source import Operand, Request, UnsupportedError
 from .segment_reduce import segment_reduce
+from .sorted_index import sorted_index
 from .tiles import accumulator_type, launch_options
 
 PROGRAMS = 264
@@ -280,7 +281,6 @@ class _Gradients:
         self.parts = {}
         self.direct = self._direct()
         self.gathered = self._gathered()
-        self.sorted = {}
 
     def _present(self):
         for section, begin, end in zip(self.planned, self.bounds[:-1], self.bounds[1:], strict=True):
@@ -333,21 +333,12 @@ class _Gradients:
         for tensor, at, size in section.source.parameters:
             self.add(tensor, total[at : at + size].view(self.tensors[tensor].shape))
 
-    def _order(self, index, low, high, table_rows):
-        """(CSR by row of the table, places) of what an index reads."""
-        key = index, low, high, table_rows
-        if key not in self.sorted:
-            ordered, places = torch.sort(self.indices[index][low:high], stable=True)
-            numbers = torch.arange(table_rows + 1, device=ordered.device, dtype=ordered.dtype)
-            self.sorted[key] = torch.searchsorted(ordered, numbers), places
-        return self.sorted[key]
-
     def result(self, wanted):
         for tensor, rows in self.direct.items():
             self.add(tensor, rows)
         for (tensor, index), (low, rows) in self.gathered.items():
             table = self.tensors[tensor]
-            ptr, places = self._order(index, low, low + rows.shape[0], table.shape[0])
+            ptr, places = sorted_index(self.indices[index], low, low + rows.shape[0], table.shape[0])
             self.add(tensor, segment_reduce(rows, ptr, places, ["sum"], 0.0)[0].view(table.shape))
         found = []
         for number, (tensor, want) in enumerate(zip(self.tensors, wanted, strict=True)):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from scalegmn_fast.kernels import row_program as kernels
+from scalegmn_fast.kernels import sorted_index
 from scalegmn_fast.kernels.row_source import parts_of
 
 from scalegmn_fast import backend, testing
@@ -157,6 +158,27 @@ def test_twice_the_same_bits(device):
     arguments = message(Inputs([4, 40, 2], 5, torch.float32, device), dropout=0.2)
     for first, second in zip(results(TRITON, arguments), results(TRITON, arguments), strict=True):
         assert torch.equal(first, second)
+
+
+def test_an_index_is_sorted_once(device, monkeypatch):
+    """For as long as it lives and stays what it was; parts of one tensor share what is kept."""
+    arguments, sorts = message(Inputs([40, 30, 2], 3, torch.float64, device)), []
+    original = torch.sort
+    monkeypatch.setattr(torch, "sort", lambda *a, **k: sorts.append(0) or original(*a, **k))
+    both = arguments[1][0].repeat(2)
+    kept, rows = len(sorted_index._kept), both.shape[0] // 2
+    for first, expected in ((0, 3), (0, 0), (rows, 1)):
+        sorts.clear()
+        arguments[1] = [both[first : first + rows], arguments[1][1]]
+        assert_as_reference(arguments)
+        assert len(sorts) == expected
+    both.copy_(both.flip(0))
+    sorts.clear()
+    assert_as_reference(arguments)
+    assert len(sorts) == 1
+    assert len(sorted_index._kept) == kept + 2
+    del both, arguments
+    assert len(sorted_index._kept) == kept
 
 
 def test_only_wanted_gradients(device):
