@@ -27,15 +27,20 @@ RENAMED = ("torch_geometric.utils.trim_to_layer", "torch_geometric.utils._trim_t
 PARTS = {"_recursive_": False, "_convert_": "all"}
 
 
+def keep_old_names() -> None:
+    """Let PyG's renamed module be imported by the name that the original knows."""
+    before, now = RENAMED
+    importlib.import_module("torch_geometric.utils")
+    if before not in sys.modules and importlib.util.find_spec(before) is None:
+        sys.modules[before] = importlib.import_module(now)
+
+
 class OriginalNeuralGraphs:
     """The models of the checkout ``root``; its package ``nn`` takes the place of another's."""
 
     def __init__(self, root: str | Path):
         take_over(Path(root).resolve(), ("nn",))
-        before, now = RENAMED
-        importlib.import_module("torch_geometric.utils")
-        if before not in sys.modules and importlib.util.find_spec(before) is None:
-            sys.modules[before] = importlib.import_module(now)
+        keep_old_names()
 
     def model(self, config: dict) -> nn.Module:
         """The model of a constructor dictionary with its ``_target_``; called with (weights, biases)."""

@@ -35,11 +35,25 @@ def graph_of(model: nn.Module, inputs: Any) -> GraphBatch:
         if isinstance(inputs, tuple | list):
             return GraphBatch.from_weights(*inputs, input_value=0.0)
         graph = from_pyg(inputs)
+        if hasattr(model.construct_graph, "proj_mlp_weight"):
+            _check_linear_edges(inputs)
         return GraphBatch(
             graph.node_features, graph.edge_features, graph.plan, architectures=_architectures(model, inputs)
         )
     except (TypeError, ValueError) as error:
         raise UnsupportedError(str(error)) from error
+
+
+def _check_linear_edges(batch: Any) -> None:
+    """The original projects the edges that ``mlp_edge_masks`` marks as those of linear layers; ours goes by layers."""
+    marked, linear = getattr(batch, "mlp_edge_masks", None), getattr(batch, "node_types", None)
+    if marked is not None and linear is not None:
+        wrong = (marked.reshape(-1) != linear[batch.edge_index[1]].bool()).nonzero()
+        if wrong.numel():
+            raise ValueError(
+                f"batch.mlp_edge_masks must mark the edges into linear layers (node_types of 1), "
+                f"got {bool(marked.reshape(-1)[wrong[0]])} for edge {int(wrong[0])}"
+            )
 
 
 def _architectures(model: nn.Module, batch: Any) -> list[Architecture]:
@@ -242,8 +256,8 @@ def _transformer(owner: str, module: nn.Module) -> dict:
         "d_node": attention.d_node,
         "d_edge": attention.d_edge,
         "d_attn_hid": attention.d_hid,
-        "d_node_hid": layer.node_mlp[0].weight.shape[0],
-        "d_edge_hid": 1 if updates is None else updates.edge_mlp1[0].weight.shape[0],
+        "d_node_hid": _hidden(layer.node_mlp),
+        "d_edge_hid": 1 if updates is None else _hidden(updates.edge_mlp1),
         "d_out_hid": 1,
         "n_layers": len(layers),
         "n_heads": attention.n_heads,
@@ -259,6 +273,11 @@ def _transformer(owner: str, module: nn.Module) -> dict:
 
 def _width(layer: nn.Module) -> int:
     return layer.out_features
+
+
+def _hidden(chain: nn.Module) -> int:
+    """Width after the first layer of an mlp, which copies of a scripted module cannot index."""
+    return next(chain.children()).weight.shape[0]
 
 
 def _snake(name: str, suffix: str) -> str:

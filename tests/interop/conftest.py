@@ -1,9 +1,12 @@
-"""Checkouts of the originals, where an environment variable names one."""
+"""Checkouts of the originals, where an environment variable names one; `bench` is imported from the repository."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 
 def checkout(variable: str, where: str, file: str) -> Path:

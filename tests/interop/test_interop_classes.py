@@ -5,6 +5,7 @@ import inspect
 import pytest
 import standins
 import torch
+from compared import flat
 from test_accelerate import neural_graphs_case, neural_graphs_small, scalegmn_case, scalegmn_config
 
 from scalegmn_fast.graph import GraphBatch
@@ -12,10 +13,6 @@ from scalegmn_fast.interop import neural_graphs, scalegmn
 from scalegmn_fast.testing import relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:not exactly equivariant", "ignore:d_hid and dropout_all")
-
-
-def flat(out):
-    return [out] if torch.is_tensor(out) else [*out[0], *out[1]]
 
 
 @pytest.mark.parametrize("name", ["mnist_cls/scalegmn", "cifar10/scalegmn_hetero_bidir", "mnist_editing/scalegmn"])
