@@ -1,5 +1,6 @@
 # make demo | test | check | bench     set themselves up in .venv first (python3 >= 3.10, a C++ compiler)
-# make bench-full                      every benchmark but bench.compare_*, which need checkouts of the originals
+# make bench-full                      every benchmark but bench.compare_* and bench.accelerate, which need checkouts of
+#                                      the originals
 # make gpu-check                       on a machine with a GPU: GPU_PYTHON (python3), no network, nine minutes at most;
 #                                      ORIGINAL=CHECKOUT also times the original
 # Variables: PYTHON (to make .venv with), TORCH (what pip installs, options included), MAX_JOBS (compilers at once);
@@ -49,6 +50,7 @@ bench-full: install
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.configs
 	$(BIN)/python -m bench.scaling --max-edges 1e7
+	$(BIN)/python -m bench.large_networks
 	$(BIN)/python -m bench.report
 
 gpu-check:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from bench import (
+    accelerate,
     compare_neural_graphs,
     compare_original,
     configs,
@@ -17,6 +18,7 @@ from bench import (
     gpu,
     harness,
     identities,
+    large_networks,
     launches,
     ops,
     plots,
@@ -57,6 +59,15 @@ SECTIONS = (
         "the same process. The original gets two steps more before it is timed: its modules are scripted.",
     ),
     (
+        "accelerate",
+        accelerate.page,
+        None,
+        "The original's objects, accelerated",
+        "`python -m bench.accelerate --scalegmn CHECKOUT`. A training step of the original's model after "
+        "`scalegmn_fast.accelerate`, from its own PyG batches, over that of our own model from a `GraphBatch` built "
+        "beforehand: what recognising the model, following its parameters and converting the batch cost.",
+    ),
+    (
         "configs",
         configs.page,
         None,
@@ -74,6 +85,16 @@ SECTIONS = (
         "`python -m bench.scaling [--scalegmn CHECKOUT]`. One network of growing width, read by `mnist_cls/scalegmn` "
         "at 64 hidden features, float32; the original's memory up to the size at which it fails. A size that fails is "
         "named with the reason.",
+    ),
+    (
+        "large_networks",
+        large_networks.page,
+        None,
+        "ResNet-18, VGG-19 and ViT-tiny",
+        "`python -m bench.large_networks`. Networks with random weights as graphs, from 3 x 224 x 224 images, kernels "
+        "as 3 x 3 numbers, read by a model of 4 rounds and 64 features along the weights (`svhn/scalegmn_relu`, the "
+        "whole graph read), float32, edge features not kept. The first three columns after the sizes are of tracing "
+        "and of making a graph. Memory is the highest resident set during a call minus that before it.",
     ),
     (
         "ops",
