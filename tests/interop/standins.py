@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import scalegmn_fast
-from scalegmn_fast.graph import GraphBatch
+from scalegmn_fast.graph import Architecture, GraphBatch
 from scalegmn_fast.models import from_config
 from scalegmn_fast.models.config import resolve
 from scalegmn_fast.reference.scalegmn import scalegmn
@@ -32,6 +32,7 @@ NAMES = {
     "BidirectionalGnn": "ScaleGMN_GNN_bidir", "Pna": "PNA", "PnaConv": "PNAConv",
     "DegreeScales": "DegreeScalerAggregation", "GraphFeatures": "GraphConstructor",
     "FourierFeatures": "GaussianEncoding", "ProbeFeatures": "GraphProbeFeatures", "EdgeUpdateMlp": "EdgeMLP",
+    "VaryingGraphFeatures": "GraphConstructor",
     "NodeNorm": "LayerNorm", "NodePooling": "HomogeneousAggregator", "TransformerLayer": "RTLayer",
     "RelationalAttention": "RTAttention", "PairUpdate": "EdgeLayer", "PairMlp": "EdgeMLP",
 }  # fmt: skip
@@ -227,12 +228,19 @@ class _NeuralGraph(nn.Module):
     def _describe(self, ours: nn.Module, theirs: nn.Module) -> None:
         config, kind = self.config, type(theirs).__name__
         if kind == "GraphConstructor":
-            theirs.rev_edge_features, theirs.nodes_per_layer = config["rev_edge_features"], self.nodes_per_layer
+            theirs.rev_edge_features, theirs.nodes_per_layer = (
+                config.get("rev_edge_features", False),
+                self.nodes_per_layer,
+            )
             for name in ("zero_out_bias", "zero_out_weights"):
                 setattr(theirs, name, config["graph_constructor"].get(name, False))
             theirs.use_pos_embed = config["graph_constructor"].get("use_pos_embed", True)
             theirs.stats = config.get("stats") or config["graph_constructor"].get("stats") or {}
             theirs.gpf = getattr(theirs, "gpf", None)
+            if "input_channels" in config:
+                theirs.num_inputs, theirs.num_classes = config["input_channels"], config["num_classes"]
+                for name in ("max_num_hidden_layers", "linear_as_conv", "flattening_method", "use_act_embed"):
+                    setattr(theirs, name, config["graph_constructor"][name])
         elif kind == "PNA":
             given = config["gnn_backbone"]
             for name in ("in_channels", "hidden_channels", "out_channels", "num_layers", "dropout", "update_edge_attr"):
@@ -259,11 +267,13 @@ class _NeuralGraph(nn.Module):
         elif kind == "EdgeMLP" and hasattr(ours, "dropout"):
             theirs.drop = nn.Dropout(ours.dropout)
 
-    def run(self, inputs):
+    def run(self, inputs, architectures=None):
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         ours = self.ours.train(self.training)
+        graph = GraphBatch.from_weights(*inputs, input_value=0.0)
+        graph = GraphBatch(graph.node_features, graph.edge_features, graph.plan, architectures=architectures)
         with scalegmn_fast.backend("reference"):
-            return torch.func.functional_call(ours, state, (GraphBatch.from_weights(*inputs, input_value=0.0),))
+            return torch.func.functional_call(ours, state, (graph,))
 
 
 class GNNForClassification(_NeuralGraph):
@@ -284,6 +294,45 @@ class RelationalTransformer(_NeuralGraph):
 class RelationalTransformerParams(_NeuralGraph):
     def forward(self, inputs):
         return self.run(inputs)
+
+
+class _Cnns(_NeuralGraph):
+    def run_batch(self, batch):
+        *inputs, _ = networks_of(batch, self.nodes_per_layer)
+        acts = getattr(batch, "activations", [None] * len(batch.conv_mask))
+        known = [Architecture(tuple(map(bool, mask)), a) for mask, a in zip(batch.conv_mask, acts, strict=True)]
+        return self.run(inputs, known)
+
+
+class GNNForGeneralization(_Cnns):
+    def forward(self, batch):
+        return self.run_batch(batch)
+
+
+class DynamicRelationalTransformer(_Cnns):
+    def forward(self, batch):
+        return self.run_batch(batch)
+
+
+def cnn_batch(config: dict, count: int = 3, dtype=torch.float64) -> Batch:
+    """A batch of CNNs with one linear layer as PyG collates it, their activations known."""
+    layout, kernel = config["layer_layout"], config["graph_constructor"]["d_edge_in"]
+    generator = torch.Generator().manual_seed(0)
+    weights, biases = random_network(layout, count, d_e=kernel, generator=generator)
+    weights[-1][..., 1:] = 0  # the linear layer's one number
+    nodes, fields = sum(layout), graph_fields({**config, "direction": "forward"})
+    offset = torch.arange(count).repeat_interleave(fields["edge_index"].shape[1]) * nodes
+    edge_index = fields["edge_index"].repeat(1, count) + offset
+    linear = (torch.arange(nodes) >= nodes - layout[-1]).long().repeat(count)
+    first = torch.zeros(count, layout[0], 1, dtype=weights[0].dtype)
+    hidden = len(layout) - 2
+    return Batch(
+        x=torch.cat([first, *biases], 1).flatten(0, 1).to(dtype), edge_index=edge_index,
+        edge_attr=torch.cat([w.flatten(1, 2) for w in weights], 1).flatten(0, 1).to(dtype),
+        batch=torch.arange(count).repeat_interleave(nodes), ptr=torch.arange(count + 1) * nodes,
+        conv_mask=[[1] * hidden + [0]] * count, activations=[("relu", "tanh", "gelu")[:hidden]] * count,
+        node_types=linear, mlp_edge_masks=linear[edge_index[1]].bool(), fmap_size=torch.ones(count, dtype=torch.int64),
+    )  # fmt: skip
 
 
 def neural_graphs_model(config: dict) -> nn.Module:

@@ -15,6 +15,7 @@ from scalegmn_fast.testing import random_network, randomize_parameters, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:not exactly equivariant", "ignore:d_hid and dropout_all")
 FIXED = [name for name in neural_graphs_names() if "input_channels" not in neural_graphs_config(name)]
+VARYING = [name for name in neural_graphs_names() if name not in FIXED]
 
 
 def scalegmn_config(name, width=6):
@@ -30,6 +31,9 @@ def neural_graphs_small(name):
     widths = {"d_hid": 8, "d_node": 8, "d_edge": 6, "d_attn_hid": 8, "d_node_hid": 8, "d_edge_hid": 8, "d_out_hid": 8}
     config |= {key: value for key, value in widths.items() if key in config}
     config["layer_layout"], features = [2, 5, 5, 1], config["graph_constructor"]
+    if "input_channels" in config:
+        config["num_classes"] = 3
+        config["layer_layout"] = [config["input_channels"], 4, 5, 4, 3]
     config |= {"n_heads": 2, "n_layers": 3, "dropout": 0.0} if "n_heads" in config else {}
     features |= {"sin_emb_dim": 8} if features.get("sin_emb") else {}
     features |= {"num_probe_features": 4} if features.get("num_probe_features") else {}
@@ -56,7 +60,15 @@ def neural_graphs_case(name, dtype):
     return model.to(dtype), (([w.to(dtype) * scale for w in weights], [b.to(dtype) * scale for b in biases]),)
 
 
-CASES = [(scalegmn_case, name) for name in published_names()] + [(neural_graphs_case, name) for name in FIXED]
+def cnns_case(name, dtype):
+    config = neural_graphs_small(name)
+    torch.manual_seed(0)
+    model = standins.neural_graphs_model(config)
+    return model.to(dtype), (standins.cnn_batch(config, dtype=dtype),)
+
+
+CASES = [(scalegmn_case, name) for name in published_names()]
+CASES += [(neural_graphs_case, name) for name in FIXED] + [(cnns_case, name) for name in VARYING]
 IDS = [f"{make.__name__}-{name}" for make, name in CASES]
 
 
@@ -152,6 +164,17 @@ def test_a_batch_of_other_networks_runs_on_the_model_itself(caplog):
     assert len(calls) == 2
     assert len([r for r in caplog.records if "runs unchanged on this batch" in r.message]) == 1
     assert "node2type" in scalegmn_fast.report(model).parts[0].reason
+
+
+def test_cnns_whose_linear_edges_are_marked_otherwise_run_on_the_model_itself():
+    model, (batch,) = cnns_case("cnn_zoo/pna", torch.float64)
+    expected = model.eval()(batch)
+    scalegmn_fast.accelerate(model)
+    assert relative_error(model(batch), expected) <= 1e-10 and "must mark" not in str(scalegmn_fast.report(model))
+    batch.mlp_edge_masks = torch.zeros_like(batch.mlp_edge_masks)
+    assert torch.equal(model(batch), expected)
+    reason = scalegmn_fast.report(model).parts[0].reason
+    assert "mlp_edge_masks must mark the edges into linear layers (node_types of 1), got False for edge" in reason
 
 
 class Adapted(nn.Linear):
