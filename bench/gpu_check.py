@@ -176,10 +176,10 @@ def imported_modules(source: str) -> set[str]:
 
 
 def without_packages(paths: Iterable[Path], available: Callable[[str], bool] = importable) -> dict[Path, list[str]]:
-    """Test files that cannot be imported -> the packages that are missing. Modules beside a file count as there."""
+    """Test files that cannot be imported -> the packages that are missing. Modules beside a file, or beside its folder, count as there."""
     found = {}
     for path in sorted(paths):
-        beside = {other.stem for other in path.parent.iterdir()}
+        beside = {other.stem for other in (*path.parent.iterdir(), *path.parent.parent.glob("*/*.py"))}
         missing = sorted(
             name for name in imported_modules(path.read_text()) - beside - {"bench"} if not available(name)
         )
