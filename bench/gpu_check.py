@@ -176,7 +176,7 @@ def imported_modules(source: str) -> set[str]:
 
 
 def without_packages(paths: Iterable[Path], available: Callable[[str], bool] = importable) -> dict[Path, list[str]]:
-    """Test files that cannot be imported -> the packages that are missing. Modules beside a file, or beside its folder, count as there."""
+    """Test files that cannot be imported -> the packages that are missing. Modules of the tests count as there."""
     found = {}
     for path in sorted(paths):
         beside = {other.stem for other in (*path.parent.iterdir(), *path.parent.parent.glob("*/*.py"))}
