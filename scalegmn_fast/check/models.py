@@ -21,8 +21,6 @@ from .rows import worst
 FACTOR, UNITS = 16.0, 256.0
 QUICK_WIDTH = 16
 BATCH = 2
-# Added to the bounds of gradients in less than float64 where the model takes extremes (`ModelCase.takes_extremes`).
-EXTREMES = 1e-2
 # Gradients that are 0 in exact arithmetic (of what a softmax adds to all logits alike) are in float64 less than this
 # part of the largest one.
 ROUNDING = 1e-13
@@ -37,19 +35,16 @@ class ModelCase(ABC):
 
     model: nn.Module
     networks: dict[str, Tensor]
-    #: Whether the model takes minima or maxima. Their gradient goes to one row; where two rows are equal but for
-    #: rounding it may go to the other.
-    takes_extremes = False
 
     def solve(self) -> None:
         """Computes what the checks compare with."""
         self.cotangents: list[Tensor] | None = None
         self.exact = self.oracle(torch.float64)
-        largest = max(float(value.abs().max()) for key, value in self.exact.items() if not _is_output(key))
+        largest = max(float(value.abs().max()) for key, value in self.exact.items() if not is_output(key))
         self.vanishing = {
             key: largest
             for key, value in self.exact.items()
-            if not _is_output(key) and 0.0 < float(value.abs().max()) < ROUNDING * largest
+            if not is_output(key) and 0.0 < float(value.abs().max()) < ROUNDING * largest
         }
         self.error_units = {
             key: self.error(key, value) / torch.finfo(value.dtype).eps
@@ -107,13 +102,11 @@ class ModelCase(ABC):
         checks: dict[str, list[tuple[float, float]]] = {"output": [], "gradients": []}
         for key, value in actual.items():
             bound = max(FACTOR * max(self.error_units[key], typical), UNITS) * eps
-            if self.takes_extremes and dtype != torch.float64 and not _is_output(key):
-                bound += EXTREMES
-            checks["output" if _is_output(key) else "gradients"].append((self.error(key, value), bound))
+            checks["output" if is_output(key) else "gradients"].append((self.error(key, value), bound))
         return {quantity: worst(found) for quantity, found in checks.items()}
 
 
-def _is_output(key: str) -> bool:
+def is_output(key: str) -> bool:
     return key.startswith("output")
 
 
