@@ -21,8 +21,8 @@ from ..models import from_config, neural_graphs_config
 from .models import BATCH, FACTOR, QUICK_WIDTH, UNITS, ModelCase, in_layers, is_output, numbered, trainable
 
 # The gradient of a minimum or maximum goes to one row; where two rows are equal but for rounding it may go to the
-# other, and float32 is then far from float64 whoever computes it. Networks for which a float32 gradient of the oracle has an
-# error above this, in units of rounding, are drawn anew.
+# other, and float32 is then far from float64 whoever computes it. Networks for which a float32 gradient of the
+# oracle has an error above this, in units of rounding, are drawn anew, DRAWS times in all.
 TIED = 4096.0
 DRAWS = 8
 

@@ -156,24 +156,23 @@ NEURAL_GRAPHS_ARGUMENTS = [
 ]  # fmt: skip
 
 
+def assert_neural_graphs_logs_the_same(experiment, root, folder, *arguments):
+    needs("hydra", "einops", "rff")
+    splits = fitted_networks(folder, "dataset")
+    (folder / "dataset/mnist_splits.json").write_text(json.dumps(splits).replace("dataset/", ""))
+    script = root / f"experiments/{experiment}/main.py"
+    after = "model = hydra.utils.instantiate(cfg.model"
+    assert_logs_the_same(folder, script, after, "model", *arguments, *NEURAL_GRAPHS_ARGUMENTS, root=root)
+
+
 @pytest.mark.parametrize("model", ["pna", "rtransformer"])
 def test_neural_graphs_inr_classification(model, neural_graphs_root, tmp_path):
     """Without augmentation, whose random numbers follow those of the model: its dropout of rate 0 draws some."""
-    needs("hydra", "einops", "rff")
-    splits = fitted_networks(tmp_path, "dataset")
-    (tmp_path / "dataset/mnist_splits.json").write_text(json.dumps(splits).replace("dataset/", ""))
-    script = neural_graphs_root / "experiments/inr_classification/main.py"
-    after = "model = hydra.utils.instantiate(cfg.model"
-    arguments = [f"model={model}", "optim.lr=1e-4", "data.train.augmentation=False", *NEURAL_GRAPHS_ARGUMENTS]
-    assert_logs_the_same(tmp_path, script, after, "model", *arguments, root=neural_graphs_root)
+    arguments = [f"model={model}", "optim.lr=1e-4", "data.train.augmentation=False"]
+    assert_neural_graphs_logs_the_same("inr_classification", neural_graphs_root, tmp_path, *arguments)
 
 
 @pytest.mark.parametrize("model", ["pna", "rtransformer"])
 def test_neural_graphs_style_editing(model, neural_graphs_root, tmp_path):
-    needs("hydra", "einops", "rff")
-    splits = fitted_networks(tmp_path, "dataset")
-    (tmp_path / "dataset/mnist_splits.json").write_text(json.dumps(splits).replace("dataset/", ""))
-    script = neural_graphs_root / "experiments/style_editing/main.py"
-    after = "model = hydra.utils.instantiate(cfg.model"
-    arguments = [f"model={model}", "out_of_domain_data=mnist", "optim.lr=1e-5", *NEURAL_GRAPHS_ARGUMENTS]
-    assert_logs_the_same(tmp_path, script, after, "model", *arguments, root=neural_graphs_root)
+    arguments = [f"model={model}", "out_of_domain_data=mnist", "optim.lr=1e-5"]
+    assert_neural_graphs_logs_the_same("style_editing", neural_graphs_root, tmp_path, *arguments)
