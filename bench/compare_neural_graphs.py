@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import comparison, harness
+from bench import comparison
 from bench.original_neural_graphs import FILE, NEEDS, OriginalNeuralGraphs
 from bench.training import Problem
 from scalegmn_fast.graph import GraphBatch
@@ -129,9 +129,7 @@ def compare(root: str, name: str, batch: int, dtype: str, mode: str, rounds: int
     problem, ours = problem_of(config, batch), Ours(config)
     limits = {"rounds": rounds, "seconds": seconds, "warm_up": WARM_UP}
     row = comparison.compare(Theirs(root, config), ours, problem, dtype, mode, **limits)
-    if "failed" in row:
-        return row
-    return row | {"step_flops": 3 * forward_flops(ours.forward(problem)), "gemm_peak": harness.gemm_peak()}
+    return comparison.with_floor(row, 3 * forward_flops(ours.forward(problem)))
 
 
 def peak(root: str | None, name: str, batch: int, dtype: str) -> int:

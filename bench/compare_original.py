@@ -9,7 +9,9 @@ initial ones plus normal noise of 0.1: at the initial ones some outputs do not d
 first, in eval mode and float32; where they differ by more than 1e-3 of the largest nothing is timed. Batches are built
 beforehand on both sides. A step is forward, loss, backward, clipping and AdamW, dropout as configured; with bfloat16
 the forward of both runs under autocast. Rows of float32 time a third side, ours under autocast. Where bfloat16 dies of
-SIGILL (a virtual machine that announces AMX and has none), set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16.
+SIGILL (a virtual machine that announces AMX and has none), set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16. The floor is the
+matrix products that our step asks for (recomputation is not counted) at the peak of a square float32 one of 2048 that
+is measured in the same process.
 
 Each measurement is a process of its own, and its row is written at once, in the place of the row of the same
 configuration, batch, dtype and mode: configurations can be measured one at a time. A row that was timed while other
@@ -23,6 +25,7 @@ from collections.abc import Callable
 import torch
 
 from bench import comparison, selection
+from bench.configs import flops_at
 from bench.original import FILE, Original
 from bench.training import Problem
 from scalegmn_fast.models import from_config, published_config, published_names
@@ -63,8 +66,10 @@ class Ours:
 
 def compare(root: str, name: str, batch: int, dtype: str, mode: str, rounds: int, seconds: float) -> dict:
     """What a row says of times."""
-    problem = Problem(published_config(name), batch)
-    return comparison.compare(Theirs(root, name), Ours(name), problem, dtype, mode, rounds=rounds, seconds=seconds)
+    config = published_config(name)
+    limits = {"rounds": rounds, "seconds": seconds}
+    row = comparison.compare(Theirs(root, name), Ours(name), Problem(config, batch), dtype, mode, **limits)
+    return comparison.with_floor(row, flops_at(from_config(config), config, batch)[1])
 
 
 def peak(root: str | None, name: str, batch: int, dtype: str) -> int:

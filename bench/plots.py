@@ -11,20 +11,24 @@ COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#9aa0a6")
 
 
 def speed_ups(rows: list[dict], path: Path) -> bool:
-    """Bars of original / ours per configuration and batch size, p20 to p80 as lines; False if there is none to draw."""
+    """Bars of original / ours per configuration and batch size, p20 to p80 as lines, diamonds where our step would be
+    at its floor; False if there is none to draw."""
     groups = {
-        kind: {name: modes["eager"]["ratio"] for name, modes in group.items() if "ratio" in modes.get("eager", {})}
+        kind: {name: modes["eager"] for name, modes in group.items() if "ratio" in modes.get("eager", {})}
         for (dtype, kind), group in compare_original.COMPARISON.groups(rows).items()
         if dtype == "float32" and kind in ("batch 16", compare_original.OWN)
     }
-    groups = {kind: ratios for kind, ratios in groups.items() if ratios}
-    names = list(dict.fromkeys(name for ratios in groups.values() for name in ratios))
+    groups = {kind: timed for kind, timed in groups.items() if timed}
+    names = list(dict.fromkeys(name for timed in groups.values() for name in timed))
     if not names:
         return False
     figure = _figure(8.5, 1.2 + 0.22 * len(names) * (1 + len(groups)))
     axis = figure.subplots()
     height = 0.8 / len(groups)
-    for place, (kind, ratios) in enumerate(groups.items()):
+    for place, (kind, timed) in enumerate(groups.items()):
+        offset = (place - (len(groups) - 1) / 2) * height
+        ratios = {name: row["ratio"] for name, row in timed.items()}
+        floors = {name: row["floor_ratio"]["median"] for name, row in timed.items() if "floor_ratio" in row}
         medians = [ratios[name]["median"] for name in ratios]
         mean = statistics.geometric_mean(medians)
         errors = [
@@ -33,7 +37,7 @@ def speed_ups(rows: list[dict], path: Path) -> bool:
         ]
         batch = "their own batch" if kind == compare_original.OWN else kind
         axis.barh(
-            [names.index(name) + (place - (len(groups) - 1) / 2) * height for name in ratios],
+            [names.index(name) + offset for name in ratios],
             medians,
             height * 0.92,
             xerr=errors,
@@ -41,6 +45,8 @@ def speed_ups(rows: list[dict], path: Path) -> bool:
             error_kw={"elinewidth": 1, "ecolor": "#333333"},
             label=f"{batch}: {mean:.2f}x on geometric average",
         )
+        places = [names.index(name) + offset for name in floors]
+        axis.scatter(list(floors.values()), places, marker="D", s=10, color="#333333", zorder=3)
     axis.axvline(1, color=COLOURS[3], linewidth=1, linestyle="--")
     axis.set(yticks=range(len(names)), yticklabels=names, xlabel="time of the original / ours", xlim=(0, None))
     axis.set_title("Training step, float32, same process, in turn")

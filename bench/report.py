@@ -45,8 +45,11 @@ SECTIONS = (
         "AdamW; dropout as configured) of the original and of ours, in turn in one process, with the same weights, "
         "random networks and loss; batches are built beforehand. Outputs are compared first, in eval mode: the last "
         "column is the largest difference over the largest value. *Compiled*: the original under `torch.compile`. "
-        "*Tuned allocator*: both with a glibc that keeps its pages, so that no step pays for fresh ones. *Memory*: the "
-        "highest resident set during a step minus that before it, each side in a process of its own.",
+        "*Tuned allocator*: both with a glibc that keeps its pages, so that no step pays for fresh ones. *Floor*: the "
+        "matrix products that our step asks for (recomputation is not counted) at the peak of a square float32 product "
+        "of 2048, measured in the same process; *original / floor* (in the figure a diamond) is the ratio at that "
+        "rate. *Memory*: the highest resident set during a step minus that before it, each side in a process of its "
+        "own.",
     ),
     (
         "compare_neural_graphs",

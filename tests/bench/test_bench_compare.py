@@ -96,6 +96,8 @@ def test_equal_outputs_are_timed_in_turn(stand_in):
     assert row["difference"] < 1e-5
     assert row["original"]["rounds"] == row["ours"]["rounds"] == 2
     assert row["ratio"]["p20"] <= row["ratio"]["median"] <= row["ratio"]["p80"]
+    floor = row["step_flops"] / row["gemm_peak"]
+    assert row["floor_ratio"]["median"] == pytest.approx(row["original"]["median_ms"] / 1e3 / floor)
 
 
 def test_other_outputs_are_not_timed(stand_in):
@@ -152,6 +154,9 @@ def rows():
             "ours": times,
             "ratio": {"median": ratio, "p20": ratio / 2, "p80": ratio * 2},
             "difference": 1e-6,
+            "step_flops": 4e8,
+            "gemm_peak": 2e11,
+            "floor_ratio": {"median": 4 * ratio},
         }
 
     return [
@@ -169,6 +174,7 @@ def test_tables_by_batch_size_with_geometric_means():
     assert "**6.00x** (2)" in sixteen and "**4.47x** (2)" in own
     assert "gave up after 5 s" in sixteen and "compiled" not in own
     assert "| 4 | 1 | 4.00x |" in sixteen
+    assert "| 2 | 4.0 | 36.00x |" in sixteen and "**24.00x** (2)" in sixteen
     assert sixteen.count("svhn/scalegmn_relu") == own.count("svhn/scalegmn_relu") == 1
 
 
