@@ -305,8 +305,8 @@ def page(data: dict) -> str:
     if compiled:
         parts.append(f"Against the compiled original:\n\n{step_table(compiled, rates)}")
     measured = [row for row in rows if row["benchmark"] == "ops"]
-    if measured and "copy" in rates:
-        parts.append(ops.page({"rows": measured, "copy_bandwidth": rates["copy"]}))
+    if measured:
+        parts.append(ops.page({"rows": measured}))
     return "\n\n".join(parts)
 
 

@@ -173,14 +173,6 @@ def gemm_peak(size: int = 2048, device: str = "cpu", dtype: torch.dtype = torch.
     return 2 * size**3 / statistics.median(times)
 
 
-def save(name: str, rows: list[dict], **ceilings: float) -> dict:
-    """Write a benchmark's rows, with the machine and its ceilings, to ``bench/results/<name>.json``; returns it all."""
-    RESULTS.mkdir(exist_ok=True)
-    data = {"machine": machine(), **ceilings, "rows": rows}
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-    return data
-
-
 def merge(path: Path, rows: list[dict], key: tuple[str, ...], device: str = "cpu") -> dict:
     """Put rows into a result file, each with the machine, in the place of those with equal values of ``key``.
 

@@ -5,7 +5,8 @@
 The floor is the longer of two times: the bytes that must move (each input read once, each output written once) over the
 machine's copy bandwidth, and the operations of the matrix products, those of backward twice those of forward, over the
 peak of a square one; both measured first in the same run. Buffers are larger than the caches at the default sizes.
-float32. On a GPU nothing is written: `make gpu-check` measures these rows there, with others, and keeps them.
+float32. The rows of a size are written together, in the place of those before. On a GPU nothing is written:
+`make gpu-check` measures these rows there, with others, and keeps them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from bench import harness
 from scalegmn_fast import backend, backends, ops
 
+KEY = ("op", "direction", "rows", "width", "backend")
 BACKENDS = {"cpu": ["reference", "cpp"], "cuda": ["reference", "triton", "cuda"]}
 
 
@@ -147,6 +149,7 @@ def measure(
             for chosen, values in times.items():
                 row = {"benchmark": "ops", "op": case.name, "direction": direction, "rows": rows, "width": width}
                 row |= {"backend": chosen, **harness.summary(values), "bytes": count, "flops": flops}
+                row |= {"copy_bandwidth": bandwidth, "gemm_peak": peak}
                 row["floor_ms"] = 1e3 * max(count / bandwidth, flops / peak)
                 row["against_reference"] = harness.ratio(times["reference"], values)
                 found.append(row)
@@ -154,39 +157,35 @@ def measure(
 
 
 def page(data: dict) -> str:
-    """The rows as a Markdown table."""
-    header = [
-        "op",
-        "direction",
-        "rows",
-        "width",
-        "backend",
-        "median (ms)",
-        "floor (ms)",
-        "measured / floor",
-        "against reference",
-    ]
-    body = [
-        [
-            row["op"],
-            row["direction"],
-            row["rows"],
-            row["width"],
-            row["backend"],
-            f"{row['median_ms']:.2f}",
-            f"{row['floor_ms']:.2f}",
-            f"{row['median_ms'] / row['floor_ms']:.1f}",
-            f"{row['against_reference']:.2f}x",
-        ]
-        for row in data["rows"]
-    ]
-    peak = f", GEMM peak {data['gemm_peak'] / 1e9:.0f} GFLOP/s" if "gemm_peak" in data else ""
-    caption = f"float32; copy bandwidth {data['copy_bandwidth'] / 1e9:.1f} GB/s{peak}."
-    return f"{harness.table(header, body)}\n\n{caption}"
+    """The rows as a Markdown table, a line per op, direction and size."""
+    lines: dict[tuple, dict[str, dict]] = {}
+    for row in sorted(data["rows"], key=lambda row: (row["rows"], row["width"])):
+        lines.setdefault((row["op"], row["direction"], row["rows"], row["width"]), {})[row["backend"]] = row
+    fused = list(dict.fromkeys(row["backend"] for row in data["rows"] if row["backend"] != "reference"))
+    header = ["op", "direction", "rows", "width", "floor (ms)", "reference (ms)"]
+    header += [column for name in fused for column in (f"{name} (ms)", f"{name} / floor", f"reference / {name}")]
+    body = []
+    for case, found in lines.items():
+        body.append([*case, f"{found['reference']['floor_ms']:.2f}", f"{found['reference']['median_ms']:.2f}"])
+        for row in (found.get(name) for name in fused):
+            cells = ["", "", ""]
+            if row is not None:
+                share = row["median_ms"] / row["floor_ms"]
+                cells = [f"{row['median_ms']:.2f}", f"{share:.1f}", f"{row['against_reference']:.2f}x"]
+            body[-1] += cells
+    bandwidth = _span([row["copy_bandwidth"] for row in data["rows"]], ".1f")
+    peak = _span([row["gemm_peak"] for row in data["rows"]], ".0f")
+    return f"{harness.table(header, body)}\n\nfloat32; copy bandwidth {bandwidth} GB/s, GEMM peak {peak} GFLOP/s."
+
+
+def _span(values: list[float], style: str) -> str:
+    """Rates in units of 1e9, from the lowest to the highest."""
+    low, high = (f"{edge / 1e9:{style}}" for edge in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000])
     parser.add_argument("--width", type=int, nargs="+", default=[64, 128])
@@ -195,12 +194,14 @@ def main() -> None:
     on_gpu = args.device.startswith("cuda")
     names = BACKENDS["cuda" if on_gpu else "cpu"]
     bandwidth, peak = harness.copy_bandwidth(device=args.device), harness.gemm_peak(device=args.device)
-    rows = []
+    measured = []
     for width in args.width:
         for count in args.rows:
-            rows += measure(count, width, args.device, names, bandwidth, peak, args.seconds)
-    ceilings = {"copy_bandwidth": bandwidth, "gemm_peak": peak}
-    print(page({"rows": rows, **ceilings} if on_gpu else harness.save("ops", rows, **ceilings)))
+            rows = measure(count, width, args.device, names, bandwidth, peak, args.seconds)
+            measured += rows
+            if not on_gpu:
+                harness.merge(harness.RESULTS / "ops.json", rows, KEY)
+    print(page({"rows": measured}))
 
 
 if __name__ == "__main__":
