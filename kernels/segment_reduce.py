@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .sorted_index import sorted_index
 from .tiles import MIN_COLS, TILE, WARPS, accumulator_type, launch_options, next_power_of_2
 
 CHUNK = 256
@@ -500,8 +501,7 @@ def segment_reduce_backward(grad, x, ptr, order, arg, out, reduce, eps):
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         moments, _ = _reduce(x, ptr, order, ("offset", "var"), eps, acc)
     if order is not None:
-        ordered, row_slots = torch.sort(order, stable=True)
-        row_ptr = torch.searchsorted(ordered, torch.arange(rows + 1, dtype=order.dtype, device=x.device))
+        row_ptr, row_slots = sorted_index(order, 0, order.numel(), rows)
     tile = segment_tile(width)
     grid = (triton.cdiv(rows, tile["BLOCK_LANES"]), triton.cdiv(width, tile["BLOCK_COLS"]))
     with torch.cuda.device_of(x):

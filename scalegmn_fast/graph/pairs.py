@@ -116,6 +116,17 @@ def _network_order(plan: GraphPlan) -> NetworkOrder:
     return NetworkOrder(rows, place, ptr, sizes)
 
 
+def nodes_before(plan: GraphPlan, places: int) -> Tensor:
+    """int64 [N]: for each node in plan order the one ``places`` before it in its network (itself for input neurons)."""
+    return plan._cached(("nodes_before", places), _nodes_before, plan, places)
+
+
+def _nodes_before(plan: GraphPlan, places: int) -> Tensor:
+    order = network_order(plan)
+    is_input = plan.index("node_layer") == 0
+    return order.rows[torch.where(is_input, order.place, order.place - places)]
+
+
 def message_edges(plan: GraphPlan, both_ways: bool) -> MessageEdges:
     """Messages along the edges, with `both_ways` also against them."""
     return plan._cached(("message_edges", both_ways), _message_edges, plan, both_ways)
@@ -176,10 +187,15 @@ def _node_pairs(plan: GraphPlan, token: bool) -> NodePairs:
     return NodePairs(rows, ptr.int(), first_pair.int(), edge, row, column, reverse, of_edge, uniform)
 
 
-def pair_edge_rows(plan: GraphPlan, both_ways: bool, token: bool) -> Tensor:
-    """`NodePairs.edge_row` of the plan's pairs."""
+def pair_edge_rows(plan: GraphPlan, both_ways: bool, token: bool) -> tuple[Tensor, Tensor]:
+    """`NodePairs.edge_row` of the plan's pairs, and of their reverses."""
+    return plan._cached(("pair_edge_rows", both_ways, token), _pair_edge_rows, plan, both_ways, token)
+
+
+def _pair_edge_rows(plan: GraphPlan, both_ways: bool, token: bool) -> tuple[Tensor, Tensor]:
     pairs = node_pairs(plan, token)
-    return plan._cached(("pair_edge_rows", both_ways, token), pairs.edge_row, plan.num_edges, both_ways)
+    rows = pairs.edge_row(plan.num_edges, both_ways)
+    return rows, rows[pairs.reverse]
 
 
 class NodeSelection(NamedTuple):
@@ -230,14 +246,19 @@ class RowPairs(NamedTuple):
     Attributes:
         nodes: int64 [R], the nodes i, in network order.
         span: (start, count) if those are nodes ``start`` to ``start + count - 1`` of every graph and graphs have equal
-            sizes: then the next three are not needed.
-        pair: int64 [P], number of each pair; row: int64 [P], place of its i in ``nodes``; column: int64 [P], its j.
+            sizes: then the others are not needed.
+        ptr: int64 [R + 1], the pairs of each of ``nodes``.
+        pair, reverse: int64 [P], number of each pair and of (j, i); row: int64 [P], place of its i in ``nodes``; node,
+            column: int64 [P], its i and j.
     """
 
     nodes: Tensor
     span: tuple[int, int] | None
+    ptr: Tensor
     pair: Tensor
+    reverse: Tensor
     row: Tensor
+    node: Tensor
     column: Tensor
 
 
@@ -257,9 +278,10 @@ def _pairs_of_rows(plan: GraphPlan, which: str | int, token: bool) -> RowPairs:
     if pairs.size is not None and count is not None:
         span = (int(nodes[0]), count)
     lengths = pairs.ptr.diff()[nodes]
+    ptr = _offsets(lengths.long())
     row = torch.repeat_interleave(torch.arange(nodes.shape[0], device=nodes.device), lengths)
-    pair = pairs.ptr[nodes].long()[row] + torch.arange(row.shape[0], device=row.device) - _offsets(lengths.long())[row]
-    return RowPairs(nodes, span, pair, row, pairs.column[pair])
+    pair = pairs.ptr[nodes].long()[row] + torch.arange(row.shape[0], device=row.device) - ptr[row]
+    return RowPairs(nodes, span, ptr, pair, pairs.reverse[pair], row, nodes[row], pairs.column[pair])
 
 
 def messages_by_graph(plan: GraphPlan, both_ways: bool, into_last: bool) -> tuple[Tensor, Tensor]:

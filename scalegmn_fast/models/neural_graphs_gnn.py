@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..graph import GraphBatch, GraphPlan
-from ..graph.pairs import message_edges, network_order
+from ..graph import GraphBatch
+from ..graph.pairs import message_edges, nodes_before
 from ..nn.fused_neural_graphs import chain
 from ..nn.graph_features import GraphFeatures, VaryingGraphFeatures
 from ..nn.pna import Pna
@@ -199,12 +199,5 @@ class GNNParams(_Gnn, Editor):
         self._check(graph)
         x, e = self._run(graph, last_only=False, edge_head=self.proj_edge)
         forward = message_edges(graph.plan, self.rev_edge_features).forward
-        shifted = None if self.exact_bias_readout else _shifted_nodes(graph.plan, self.num_first)
+        shifted = None if self.exact_bias_readout else nodes_before(graph.plan, self.num_first)
         return self.read_back(graph, chain(self.proj_node, x, shifted), e if forward is None else e[forward])
-
-
-def _shifted_nodes(plan: GraphPlan, places: int) -> Tensor:
-    """int64 [N]: for each node in plan order the one `places` before it in its network (itself for input neurons)."""
-    order = network_order(plan)
-    is_input = plan.index("node_layer") == 0
-    return order.rows[torch.where(is_input, order.place, order.place - places)]

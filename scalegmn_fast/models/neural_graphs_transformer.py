@@ -41,7 +41,8 @@ class _Transformer(NeuralGraph):
         if has_token:
             x, e = torch.cat([x, token.unsqueeze(0)]), F.pad(e, (0, 0, 0, 1))
         x = x[pairs.order]
-        features = PairFeatures(GatheredRows(e, pair_edge_rows(plan, both_ways, has_token)))
+        row, back = pair_edge_rows(plan, both_ways, has_token)
+        features = PairFeatures(GatheredRows(e, row), back=back)
         rows = None
         if not reads_edges and (has_token or reads != "all"):
             rows = pairs_of_rows(plan, reads, has_token)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..graph import GraphBatch
+from ..graph.ends import sender_pairs
 from ..graph.plan import FIRST, HIDDEN, LAST
 from ..nn import Direction, RowClasses
 
@@ -41,31 +41,9 @@ def forward_messages(graph: GraphBatch, senders: int, receivers: int, pair_types
     edges = plan.edges_into(receivers)
     source, target = plan.index("source")[:edges], plan.index("target")[:edges]
     last = min(edges, plan.edges_into_class(LAST))
-    pairs = None if pair_types is None else _sender_types(graph, senders, edges, last, pair_types)
+    pairs = None if pair_types is None else sender_pairs(plan, senders, edges, last, *pair_types)
     classes = RowClasses(last, edges - last, 0, _split(graph, "edges"))
     return Direction(source, target, plan.target_ptr[: receivers + 1], None, classes, None, pairs)
-
-
-def _sender_types(
-    graph: GraphBatch, senders: int, edges: int, into_last: int, types: Types
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that first-round messages are multiples of: (node, edge type) and the row of each edge.
-
-    Edges into hidden neurons have the type of their source, so a row per node serves them; edges into output neurons
-    have their target's type and a row each.
-    """
-    plan = graph.plan
-    source, edge_types = plan.index("source"), plan.edge_types(*types)
-    layer, position = plan.index("node_layer"), plan.index("node_position")
-    of_node = torch.where(layer == 0, position, types.num_first + layer - 1)
-    of_node = torch.where(layer < types.num_hidden_layers, of_node, 0)[:senders]
-    nodes = torch.arange(senders, device=plan.device)
-    rows = torch.arange(into_last, device=plan.device) + senders
-    return (
-        torch.cat([nodes, source[:into_last]]),
-        torch.cat([of_node, edge_types[:into_last]]),
-        torch.cat([rows, source[into_last:edges]]),
-    )
 
 
 def backward_messages(graph: GraphBatch, only_first: bool, ordered: bool) -> Direction:
@@ -120,17 +98,6 @@ def ends_split(graph: GraphBatch):
     split = _split(graph, "nodes")
     plan = graph.plan
     return None if split is None else _Ends(split, plan.num_last, plan.num_nodes - plan.num_first)
-
-
-def rows_by_graph(graph: GraphBatch, hidden_only: bool) -> tuple[Tensor, Tensor]:
-    """(order int64 [R], ptr int32 [B + 1]): rows (all nodes, or the hidden ones counted from 0) grouped by graph."""
-    plan = graph.plan
-    owner = plan.index("node_graph")
-    if hidden_only:
-        owner = owner[plan.num_last : plan.num_last + plan.num_hidden]
-    grouped, order = torch.sort(owner, stable=True)
-    bounds = torch.arange(plan.num_graphs + 1, device=plan.device)
-    return order, torch.searchsorted(grouped, bounds, out_int32=True)
 
 
 def edge_encoding_classes(graph: GraphBatch, exact: bool) -> RowClasses:

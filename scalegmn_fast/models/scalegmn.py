@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..graph import GraphBatch
+from ..graph.ends import reversed_edge_types, rows_by_graph, types_at
 from ..nn import (
     CarriedMessage,
     DeepSet,
@@ -40,7 +41,6 @@ from .rounds import (
     ends_split,
     forward_messages,
     node_classes,
-    rows_by_graph,
 )
 
 
@@ -249,8 +249,8 @@ class _Gnn(PlannedModule):
         if self.reads_last_only:
             return (self.ends(graph, x),)
         if isinstance(self.readout, DeepSet):
-            return (x, *rows_by_graph(graph, hidden_only=False))
-        return (x, node_classes(graph), *rows_by_graph(graph, hidden_only=True))
+            return (x, *rows_by_graph(graph.plan, hidden_only=False))
+        return (x, node_classes(graph), *rows_by_graph(graph.plan, hidden_only=True))
 
 
 class ForwardGnn(_Gnn):
@@ -272,7 +272,9 @@ class ForwardGnn(_Gnn):
             receivers = plan.live_nodes(remaining) if shrinks else plan.num_nodes
             edges = forward_messages(graph, x.shape[0], receivers, options.pair_types(e))
             reads_p = options.gnn["pos_embed_msg"] and options.symmetry != "permutation"
-            message_p = GatheredRows(p.table, p.index[edges.receiver]) if reads_p else None
+            message_p = None
+            if reads_p:
+                message_p = GatheredRows(p.table, types_at(plan, "target", *options.types)[: edges.receiver.shape[0]])
             update, needed = getattr(layer, "update_edge_attr_fn", None), 0
             if update is not None:
                 needed = plan.edges_into(plan.live_nodes(remaining - 1)) if shrinks else plan.num_edges
@@ -341,8 +343,11 @@ class BidirectionalGnn(_Gnn):
                 count = against.sender.shape[0]
                 against_features = narrow(back, plan.num_edges - count, count)
 
-            def sender_p(direction):
-                return GatheredRows(p.table, p.index[direction.sender]) if reads_p else None
+            along_p = against_p = None
+            if reads_p:
+                stop, start = along.sender.shape[0], plan.num_edges - against.sender.shape[0]
+                along_p = GatheredRows(p.table, types_at(plan, "source", *options.types)[:stop])
+                against_p = GatheredRows(p.table, types_at(plan, "reversed", *options.types)[start:])
 
             update = back_update = None
             if options.updates_edges and index < len(self.fw_update_edge_attr_fn):
@@ -351,12 +356,12 @@ class BidirectionalGnn(_Gnn):
                     back_update = self.bw_update_edge_attr_fn[index]
             classes, edges = node_classes(graph), plan.num_edges
             before = e
-            from_inputs, e = self.fw_layers[index].aggregate(x, e, along, sender_p(along), update, edges, classes, keep)
+            from_inputs, e = self.fw_layers[index].aggregate(x, e, along, along_p, update, edges, classes, keep)
             from_outputs, updated_back = self.bw_layers[index].aggregate(
                 x,
                 before if carried else against_features,
                 against,
-                sender_p(against),
+                against_p,
                 back_update,
                 edges,
                 classes,
@@ -371,7 +376,7 @@ class BidirectionalGnn(_Gnn):
                 from_outputs = F.pad(from_outputs, (0, 0, plan.num_last, 0))
                 rows = rows._replace(hidden=0, split=ends_split(graph))
                 if p is not None:
-                    update_p = GatheredRows(p.table, torch.cat([p.index[: plan.num_last], p.index[first:]]))
+                    update_p = GatheredRows(p.table, types_at(plan, "outer", *options.types))
             joined = torch.cat([x, from_inputs, from_outputs], dim=1)
             update_p = update_p if options.gnn["pos_embed_upd"] else None
             x = self.next_x(index, x, _update(self.update_node_feats_fn[index], joined, update_p, rows))
@@ -493,7 +498,10 @@ class ScaleGMN(PlannedModule):
             return e
         if mode == "reciprocal":
             e = self._edges(graph, _reciprocal(graph.edge_features))
-        return take(e, graph.plan.index("source_order"))
+        rows = take(e, graph.plan.index("source_order"))
+        if isinstance(rows, FactoredEdges) and rows.types is not None:
+            rows = rows._replace(types=reversed_edge_types(graph.plan, *self.options.types))
+        return rows
 
     def _read_back(self, graph: GraphBatch, x: Tensor, e: Tensor):
         parts = graph.with_features(x, e).to_weights()

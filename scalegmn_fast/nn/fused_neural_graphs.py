@@ -141,8 +141,7 @@ def program_pairs(pairs: NodePairs, rows: RowPairs | None = None) -> PairRows:
     """All pairs, or those of some nodes i."""
     if rows is None:
         return PairRows(pairs.ptr.long(), pairs.row, pairs.row, pairs.column, None, pairs.reverse)
-    ptr = torch.searchsorted(rows.row, torch.arange(rows.nodes.shape[0] + 1, device=rows.row.device))
-    return PairRows(ptr, rows.row, rows.nodes[rows.row], rows.column, rows.pair, pairs.reverse[rows.pair])
+    return PairRows(rows.ptr, rows.row, rows.node, rows.column, rows.pair, rows.reverse)
 
 
 class PairFeatures(NamedTuple):
@@ -151,11 +150,13 @@ class PairFeatures(NamedTuple):
     Attributes:
         e: [P, d_e], or rows of a table, as the first layer's are: equal ones are stored once.
         update: `PairUpdate` or None; x: the node features that it reads.
+        back: int64 [P], for rows of a table the row of each (j, i).
     """
 
     e: Tensor | GatheredRows
     update: object = None
     x: Tensor | None = None
+    back: Tensor | None = None
 
     def dense(self, pairs: NodePairs) -> Tensor:
         """[P, d_e], updated and written out."""
@@ -170,18 +171,19 @@ class PairFeatures(NamedTuple):
         section.write(self.trace(section, pairs).value())
         return program.run()[1]
 
-    def _read(self, section: SectionWriter, number: Tensor | None) -> TracedRows:
+    def _read(self, section: SectionWriter, pairs: PairRows, reverse: bool) -> TracedRows:
         if isinstance(self.e, GatheredRows):
-            index = self.e.index if number is None else self.e.index[number]
+            index = self.back if reverse else self.e.index
+            index = index if pairs.number is None else index[pairs.number]
             return TracedRows(section, GatheredRows(self.e.table, index))
-        return TracedRows(section, section.load(self.e, number))
+        return TracedRows(section, section.load(self.e, pairs.reverse if reverse else pairs.number))
 
     def trace(self, section: SectionWriter, pairs: PairRows) -> TracedRows:
         """The features, updated, on the rows of a section."""
-        own = self._read(section, pairs.number)
+        own = self._read(section, pairs, reverse=False)
         if self.update is None:
             return own
-        return pair_update(own, self._read(section, pairs.reverse), self.update, self.x, pairs)
+        return pair_update(own, self._read(section, pairs, reverse=True), self.update, self.x, pairs)
 
 
 def pair_update(own: TracedRows, back: TracedRows, module, x: Tensor, pairs: PairRows) -> TracedRows:

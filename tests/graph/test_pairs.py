@@ -115,7 +115,9 @@ def test_selected_nodes(plan, which):
     assert chosen.count == (int(counts[0]) if len(set(counts.tolist())) == 1 else None)
     rows, pairs = pairs_of_rows(plan, which), node_pairs(plan)
     assert rows.pair.tolist() == [p for p, i in enumerate(pairs.row.tolist()) if i in set(wanted)]
-    assert torch.equal(rows.nodes[rows.row], pairs.row[rows.pair])
+    assert torch.equal(rows.nodes[rows.row], pairs.row[rows.pair]) and torch.equal(rows.node, pairs.row[rows.pair])
+    assert torch.equal(rows.reverse, pairs.reverse[rows.pair])
+    assert torch.equal(rows.ptr.diff(), torch.bincount(rows.row, minlength=rows.nodes.shape[0]))
     assert torch.equal(rows.column, pairs.column[rows.pair])
     if rows.span is not None:
         start, count = rows.span

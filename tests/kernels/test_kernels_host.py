@@ -1,0 +1,96 @@
+"""What the Triton engine does on the host, shown on the device `meta`: kernels are not launched, all else runs."""
+
+import dataclasses
+import inspect
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.jit import JITFunction, KernelInterface  # noqa: E402
+
+from bench import compare_neural_graphs  # noqa: E402
+from bench.training import Problem  # noqa: E402
+from scalegmn_fast import backend  # noqa: E402
+from scalegmn_fast.models import from_config, neural_graphs_config, published_config, published_names  # noqa: E402
+from scalegmn_fast.testing import Dispatched  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*not exactly equivariant", "ignore:.*override other keys")
+BATCH = 2
+GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
+NEURAL_GRAPHS = compare_neural_graphs.names()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Counts launches by kernel instead of making them; each has to fit its kernel's parameters and a GPU's grid."""
+    found = Counter()
+
+    def launcher(kernel: JITFunction, grid):
+        def launch(*args, num_warps, num_stages=None, enable_fp_fusion=True, **named):
+            inspect.signature(kernel.fn).bind(*args, **named)
+            assert all(0 < count <= most for count, most in zip(grid, GRID, strict=False)), grid
+            found[kernel.fn.__name__] += 1
+
+        return launch
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", launcher)
+    monkeypatch.setattr("scalegmn_fast.backends.why_not", lambda *_: None)
+    with backend("triton"):
+        yield found
+
+
+def on_meta(value):
+    """Tensors, and what named tuples and dataclasses hold of them, on `meta`."""
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: on_meta(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, tuple):
+        return type(value)(*map(on_meta, value)) if hasattr(value, "_fields") else tuple(map(on_meta, value))
+    return value
+
+
+def scalegmn(name):
+    """A published ScaleGMN and its problem, on `meta`."""
+    config = published_config(name)
+    return from_config(config).to("meta").train(), Problem(config, BATCH).to("meta")
+
+
+def neural_graphs(name):
+    """A published Neural Graphs network and its problem, on `meta`; what its first step derives from a plan is there.
+
+    Which nodes a readout reads is decided by looking at the plan, once.
+    """
+    config = neural_graphs_config(name)
+    model, problem = from_config(config), compare_neural_graphs.problem_of(config, BATCH)
+    graph = problem.graph()
+    with torch.no_grad(), backend("reference"):
+        model(graph)
+    moved = problem.to("meta")
+    known = {key: on_meta(value) for key, value in graph.plan._cache.items() if key[0] != "device"}
+    moved.graph().plan._cache.update(known)
+    return model.to("meta").train(), moved
+
+
+def step(model, problem, graph):
+    """What forward, loss and backward run besides kernels."""
+    with Dispatched(inside=True) as found:
+        problem.loss(model(graph)).backward()
+    return found
+
+
+@pytest.mark.parametrize("name", [*published_names(), *NEURAL_GRAPHS])
+def test_a_step_waits_for_nothing_and_sorts_nothing(name, launches):
+    """On `meta` what would wait for the device raises. A plan's indices are sorted in the first step; which rows have
+    which symmetry (``hetero``) is new in every batch."""
+    model, problem = (neural_graphs if name in NEURAL_GRAPHS else scalegmn)(name)
+    step(model, problem, problem.graph())
+    launches.clear()
+    found = step(model, problem, problem.graph())
+    assert found.crossings == []
+    assert launches["forward_kernel"] and launches["stage0_kernel"]
+    assert found.counts["aten::sort"] == 0 or "hetero" in name
