@@ -1,49 +1,128 @@
 """What `accelerate` costs: a training step of a live original run by it over the same step of our own model, in turn.
 
-    python -m bench.accelerate --scalegmn CHECKOUT [--config NAME ...] [--batch own 16 ...] [--rounds N] [--seconds S]
-        [--limit S] [--others SHARE] [--output FILE]
+    python -m bench.accelerate [--scalegmn CHECKOUT] [--neural-graphs CHECKOUT] [--config NAME ...] [--batch own 16 ...]
+        [--rounds N] [--seconds S] [--limit S] [--others SHARE] [--output FILE]
 
-CHECKOUT is one of https://github.com/jkalogero/scalegmn, which is imported from there. Both sides have the same
-weights, networks and loss; a step is forward, loss, backward, clipping and AdamW, float32, dropout as configured.
-*native*: `models.ScaleGMN` called with a `GraphBatch` built beforehand. *accelerated*: the original's object after
-`scalegmn_fast.accelerate`, called with the original's PyG batch, which becomes a `GraphBatch` at every call, as in a
-script. Outputs are compared first, in eval mode. Each row is measured in a process of its own and written at once.
+CHECKOUT is one of https://github.com/jkalogero/scalegmn or https://github.com/mkofinas/neural-graphs, which is imported
+from there; one of them at least. All of their configurations by default (of Neural Graphs: those for INRs), ScaleGMN's
+at batch 16, Neural Graphs' at the released 128. Both sides have the same weights, networks and loss; a step is forward,
+loss, backward, clipping and AdamW, float32, dropout as configured. *native*: our model called with a `GraphBatch` built
+beforehand. *accelerated*: the original's object after `scalegmn_fast.accelerate`, called with what the original takes,
+a PyG batch or weights and biases, which becomes a `GraphBatch` at every call, as in a script. Outputs are compared
+first, in eval mode. Each row is measured in a process of its own and written at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import scalegmn_fast
-from bench import harness, isolated, selection
-from bench.compare_original import Ours, Theirs
-from bench.comparison import LIMIT, difference
-from bench.original import FILE
+from bench import compare_neural_graphs, compare_original, harness, isolated, selection
+from bench.comparison import LIMIT, Side, difference
 from bench.training import Problem, Training
-from scalegmn_fast.models import published_config, published_names
+from scalegmn_fast.graph import GraphBatch
+from scalegmn_fast.models import neural_graphs_config, published_config, published_names
 
 KEY = ("config", "batch")
 
 
-def measure(root: str, name: str, batch: int, rounds: int, seconds: float) -> dict:
+def scalegmn_sides(root: str, name: str, batch: int) -> tuple[Problem, Side, Side]:
+    """The problem, our model and ScaleGMN's of a configuration."""
+    problem = Problem(published_config(name), batch)
+    return problem, compare_original.Ours(name), compare_original.Theirs(root, name)
+
+
+def neural_graphs_sides(root: str, name: str, batch: int) -> tuple[Problem, Side, Side]:
+    """The problem, our model and Neural Graphs' of a configuration."""
+    config = neural_graphs_config(name)
+    sides = compare_neural_graphs.Ours(config), compare_neural_graphs.Theirs(root, config)
+    return compare_neural_graphs.problem_of(config, batch), *sides
+
+
+@dataclass(frozen=True)
+class Family:
+    """An original and its configurations.
+
+    Attributes:
+        option: of the command line, which takes a checkout; repository: where that is from; file: one that it has.
+        names: published configurations, in the order of the table; own_batch: the batch size that one comes with.
+        batch: sizes measured by default.
+        sides: (checkout, configuration, batch) -> the problem, our side, the original's side.
+        graph: problem -> what our model is called with.
+        needs: packages of the original, by the module that they install.
+    """
+
+    option: str
+    repository: str
+    file: str
+    names: Sequence[str]
+    own_batch: Callable[[str], int]
+    batch: list[str]
+    sides: Callable[[str, str, int], tuple[Problem, Side, Side]]
+    graph: Callable[[Problem], GraphBatch]
+    needs: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, parser: argparse.ArgumentParser, root: str) -> None:
+        """End with a message that names the argument where ``root`` cannot be imported from."""
+        if not (Path(root) / self.file).is_file():
+            parser.error(f"argument {self.option}: expected a checkout that has {self.file}, got {root!r}")
+        missing = [package for module, package in self.needs.items() if importlib.util.find_spec(module) is None]
+        if missing:
+            parser.error(f"argument {self.option}: the original needs {', '.join(missing)}, which cannot be imported")
+
+
+FAMILIES = {
+    "scalegmn": Family(
+        option="--scalegmn",
+        repository="github.com/jkalogero/scalegmn",
+        file=compare_original.FILE,
+        names=published_names(),
+        own_batch=selection.own_batch,
+        batch=["16"],
+        sides=scalegmn_sides,
+        graph=Problem.graph,
+    ),
+    "neural_graphs": Family(
+        option="--neural-graphs",
+        repository="github.com/mkofinas/neural-graphs",
+        file=compare_neural_graphs.FILE,
+        names=compare_neural_graphs.names(),
+        own_batch=lambda name: compare_neural_graphs.BATCH,
+        batch=["own"],
+        sides=neural_graphs_sides,
+        graph=lambda problem: GraphBatch.from_weights(problem.weights, problem.biases),
+        needs=compare_neural_graphs.NEEDS,
+    ),
+}
+NAMES = [name for family in FAMILIES.values() for name in family.names]
+
+
+def measure(family: str, root: str, name: str, batch: int, rounds: int, seconds: float) -> dict:
     """What a row says: times, accelerated over native, and the difference of outputs."""
-    problem, ours, theirs = Problem(published_config(name), batch), Ours(name), Theirs(root, name)
+    problem, ours, theirs = FAMILIES[family].sides(root, name, batch)
     ours.model.load_state_dict(theirs.model.state_dict(), strict=True)
     scalegmn_fast.accelerate(theirs.model)
     report = scalegmn_fast.report(theirs.model)
     if not report.fused:
         return {"failed": str(report)}
+    calls = {"native": partial(ours.model, FAMILIES[family].graph(problem)), "accelerated": theirs.forward(problem)}
+    ours.model.eval(), theirs.model.eval()
     with torch.no_grad():
-        error = difference(*(side.forward(problem)() for side in (_evaluated(ours), _evaluated(theirs))))
+        error = difference(*(call() for call in calls.values()))
     if not error <= LIMIT:
         return {"difference": error, "failed": f"outputs differ by {error:.1e}"}
-    cases = {name: _step(side, problem) for name, side in (("native", ours), ("accelerated", theirs))}
+    models = {"native": ours.model, "accelerated": theirs.model}
+    cases = {
+        side: partial(Training(model, problem.config).step, calls[side], problem) for side, model in models.items()
+    }
     with harness.others() as others:
         times = harness.alternate(cases, seconds=seconds, least=min(5, rounds), most=rounds)
     row = {side: harness.summary(values) for side, values in times.items()}
@@ -54,20 +133,11 @@ def measure(root: str, name: str, batch: int, rounds: int, seconds: float) -> di
     }
 
 
-def _evaluated(side):
-    side.model.eval()
-    return side
-
-
-def _step(side, problem: Problem) -> Callable[[], None]:
-    return partial(Training(side.model, problem.config).step, side.forward(problem), problem)
-
-
 def page(data: dict) -> str:
     """The rows as a Markdown table."""
     header = ["configuration", "batch", "native (ms)", "accelerated (ms)", "accelerated / native", "p20 to p80"]
     body, found = [], []
-    order = {name: place for place, name in enumerate(published_names())}
+    order = {name: place for place, name in enumerate(NAMES)}
     for row in sorted(data["rows"], key=lambda row: (order[row["config"]], row["batch"])):
         line = [row["config"], row["batch"]]
         if "failed" in row:
@@ -83,25 +153,43 @@ def page(data: dict) -> str:
     return harness.table(header, body)
 
 
-def main(given: list[str] | None = None) -> None:
+def arguments(given: list[str] | None = None) -> tuple[argparse.Namespace, list[tuple[str, str, str, int]]]:
+    """The command line, checked, and its cases: (family, checkout, configuration, batch)."""
     parser = argparse.ArgumentParser(prog="python -m bench.accelerate", description=__doc__.splitlines()[0])
-    parser.add_argument("--scalegmn", required=True, metavar="CHECKOUT", help="of github.com/jkalogero/scalegmn")
-    selection.add_arguments(parser, batch=["16"])
+    for key, family in FAMILIES.items():
+        parser.add_argument(family.option, dest=key, metavar="CHECKOUT", help=f"of {family.repository}")
+    selection.add_arguments(parser, batch=[], names=[])
     parser.add_argument("--rounds", type=int, default=60, help="at most, per row")
     parser.add_argument(
         "--seconds", type=float, default=20.0, help="per row, after which no round begins past the fifth"
     )
     selection.add_output(parser, "accelerate", "a row")
     args = parser.parse_args(given)
-    selection.check(parser, args)
+    selection.check(parser, args, names=NAMES)
     if args.rounds < 1:
         parser.error(f"argument --rounds: expected at least 1, got {args.rounds}")
-    if not (Path(args.scalegmn) / FILE).is_file():
-        parser.error(f"argument --scalegmn: expected a checkout that has {FILE}, got {args.scalegmn!r}")
+    roots = {key: root for key in FAMILIES if (root := getattr(args, key)) is not None}
+    if not roots:
+        parser.error(f"expected a checkout for {' or '.join(family.option for family in FAMILIES.values())}")
+    found = []
+    for key, root in roots.items():
+        family = FAMILIES[key]
+        family.check(parser, root)
+        names = [name for name in args.config or family.names if name in family.names]
+        chosen = argparse.Namespace(config=names, batch=args.batch or family.batch)
+        found += [(key, root, *case) for case in selection.cases(chosen, own_batch=family.own_batch)]
+    without = sorted({*args.config} - {name for _, _, name, _ in found})
+    if without:
+        parser.error(f"argument --config: {without[0]!r} is of an original whose checkout is not given")
+    return args, found
+
+
+def main(given: list[str] | None = None) -> None:
+    args, cases = arguments(given)
     rows = []
-    for name, batch in selection.cases(args):
+    for family, root, name, batch in cases:
         row = {"benchmark": "accelerate", "config": name, "batch": batch}
-        row |= isolated.attempt(measure, args.scalegmn, name, batch, args.rounds, args.seconds, seconds=args.limit)
+        row |= isolated.attempt(measure, family, root, name, batch, args.rounds, args.seconds, seconds=args.limit)
         if harness.record(args.output, row, KEY, args.others):
             rows.append(row)
     print(page({"rows": rows}))

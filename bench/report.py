@@ -66,8 +66,9 @@ SECTIONS = (
         accelerate.page,
         None,
         "The original's objects, accelerated",
-        "`python -m bench.accelerate --scalegmn CHECKOUT`. A training step of the original's model after "
-        "`scalegmn_fast.accelerate`, from its own PyG batches, over that of our own model from a `GraphBatch` built "
+        "`python -m bench.accelerate --scalegmn CHECKOUT --neural-graphs CHECKOUT`. A training step of the original's "
+        "model after `scalegmn_fast.accelerate`, from what it takes (ScaleGMN its PyG batches, Neural Graphs the "
+        "weights and biases), over that of our own model from a `GraphBatch` built "
         "beforehand: what recognising the model, following its parameters and converting the batch cost.",
     ),
     (

@@ -63,7 +63,14 @@ def from_pyg(batch: Any, *, type_sizes: tuple[int, int] | None = None) -> GraphB
                 f"batch.sign_mask must have shape [{plan.num_graphs}] or [{len(x)}], got {list(mask.shape)}"
             )
         mask = mask[plan.index("node_graph") if len(mask) == plan.num_graphs else structure.node_order]
-    return GraphBatch(x[structure.node_order], edge_attr[structure.edge_order], plan, mask)
+    return GraphBatch(_rows(x, structure.node_order), _rows(edge_attr, structure.edge_order), plan, mask)
+
+
+def _rows(table: Tensor, order: Tensor) -> Tensor:
+    """``table[order]``, by the operator that copies rows of this width fastest."""
+    if table.shape[1] == 1:
+        return table.squeeze(1).index_select(0, order).unsqueeze(1)
+    return table.index_select(0, order)
 
 
 class _Structure(NamedTuple):

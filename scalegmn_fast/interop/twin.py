@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_hooks_of = attrgetter(*_HOOKS)
 
 
 class UnsupportedError(Exception):
@@ -58,15 +60,6 @@ class _Pair(NamedTuple):
     live: tuple[str, Callable[[nn.Module], float]] | None
 
 
-class _Link(NamedTuple):
-    """A place in the original's tree of modules, and who stood there."""
-
-    path: str
-    parent: nn.Module
-    name: str
-    child: nn.Module
-
-
 class Twin:
     """A model of ours that computes what a live original does, from the original's own parameters.
 
@@ -84,55 +77,59 @@ class Twin:
 
     def __init__(self, original: nn.Module, ours: nn.Module, same: Correspondence):
         self.original, self.ours = original, ours
+        self._wanting: dict[tuple[str, ...], list[tuple[dict, str]]] = {}
         theirs = dict(original.named_modules(remove_duplicate=False))
         mine = dict(ours.named_modules(remove_duplicate=False))
         self._pairs = [_pair(path, module, theirs.get(path), same) for path, module in mine.items()]
-        self._links = []
+        self._inner = [(path, module) for path, module in theirs.items() if path]
+        self._children = [(module, list(module._modules.values())) for module in theirs.values() if module._modules]
         for path, module in theirs.items():
-            if path:
-                parent, _, name = path.rpartition(".")
-                self._links.append(_Link(path, theirs[parent], name, module))
             if path not in mine and not _in_parametrisation(path):
                 _check_extra(path, module, same)
 
     def problem(self) -> str | None:
         """Why the original has to run itself for now: a hook or another forward on one of its inner modules."""
-        for path, _, _, child in self._links:
-            if "forward" in child.__dict__ and not isinstance(child, torch.jit.ScriptModule):
+        for path, module in self._inner:
+            if "forward" in module.__dict__ and not isinstance(module, torch.jit.ScriptModule):
                 return f"{path} has a forward of its own instance"
-            for hooks in _HOOKS:
-                if getattr(child, hooks):
-                    return f"{path} has hooks ({hooks.strip('_').replace('_', ' ')})"
+            if any(_hooks_of(module)):
+                hooks = next(name for name in _HOOKS if getattr(module, name))
+                return f"{path} has hooks ({hooks.strip('_').replace('_', ' ')})"
         return None
 
     def is_current(self) -> bool:
         """Whether the original still consists of the modules that it had."""
-        return all(name in parent._modules and parent._modules[name] is child for _, parent, name, child in self._links)
+        return all(list(module._modules.values()) == children for module, children in self._children)
 
     def follow(self) -> nn.Module:
         """Our model, with the original's present tensors and modes."""
-        for _, ours, theirs, parameters, buffers, live in self._pairs:
-            ours.training = theirs.training
-            for name in parameters:
-                ours._parameters[name] = getattr(theirs, name)
-            for name in buffers:
-                ours._buffers[name] = getattr(theirs, name)
-            if live is not None:
-                name, read = live
-                setattr(ours, name, float(read(theirs)))
+        for pair in self._pairs:
+            ours, theirs = pair.ours.__dict__, pair.theirs
+            ours["training"] = theirs.training
+            if pair.parameters:
+                _hand_over(theirs, "_parameters", pair.parameters, ours["_parameters"])
+            if pair.buffers:
+                _hand_over(theirs, "_buffers", pair.buffers, ours["_buffers"])
+            if pair.live is not None:
+                name, read = pair.live
+                ours[name] = float(read(theirs))
         return self.ours
 
     def wanting(self, except_for: tuple[str, ...]) -> list[Tensor]:
-        """The present parameters that want gradients, but for those of the modules at these paths."""
-        prefixes = tuple(f"{path}." for path in except_for)
-        found = {}
-        for pair in self._pairs:
-            if not f"{pair.path}.".startswith(prefixes):
-                for name in pair.parameters:
-                    value = pair.ours._parameters[name]
-                    if value.requires_grad:
-                        found[id(value)] = value
-        return list(found.values())
+        """The present parameters that want gradients, but for those of the modules at these paths; each once."""
+        if except_for not in self._wanting:
+            prefixes = tuple(f"{path}." for path in except_for)
+            kept = (pair for pair in self._pairs if not f"{pair.path}.".startswith(prefixes))
+            self._wanting[except_for] = [(pair.ours._parameters, name) for pair in kept for name in pair.parameters]
+        values = (parameters[name] for parameters, name in self._wanting[except_for])
+        return list({id(value): value for value in values if value.requires_grad}.values())
+
+
+def _hand_over(theirs: nn.Module, kind: str, names: tuple[str, ...], ours: dict[str, Tensor]) -> None:
+    """Put the present tensors of these names into ``ours``; those of parametrisations and scripts are computed."""
+    held = theirs.__dict__.get(kind, ())
+    for name in names:
+        ours[name] = held[name] if name in held else getattr(theirs, name)
 
 
 def _pair(path: str, ours: nn.Module, theirs: nn.Module | None, same: Correspondence) -> _Pair:
@@ -177,7 +174,7 @@ def _in_parametrisation(path: str) -> bool:
 
 
 class _Reached(torch.autograd.Function):
-    """Outputs as they are; the parameters behind them get gradients of zero on top of their own.
+    """Outputs as they are; the parameters given with them get gradients of zero on top of their own.
 
     The original runs every module on every row and multiplies by 0 and 1, so that its parameters have gradients of zero
     where ours, which does not run them, would have none: optimisers that decay weights treat the two differently.
@@ -200,10 +197,29 @@ class _Reached(torch.autograd.Function):
 
 def reached(outputs, parameters: list[Tensor]):
     """``outputs`` (a tensor, or a pair of lists of tensors) whose backward pass reaches all ``parameters``."""
-    if not parameters or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return outputs
-    if isinstance(outputs, Tensor):
-        return _Reached.apply(1, outputs, *parameters)[0]
-    first, second = outputs
+    first, second = ([outputs], []) if isinstance(outputs, Tensor) else outputs
+    parameters = _not_behind([*first, *second], parameters)
+    if not parameters:
+        return outputs
     tensors = _Reached.apply(len(first) + len(second), *first, *second, *parameters)
+    if isinstance(outputs, Tensor):
+        return tensors[0]
     return list(tensors[: len(first)]), list(tensors[len(first) :])
+
+
+def _not_behind(outputs: Iterable[Tensor], parameters: list[Tensor]) -> list[Tensor]:
+    """Those of ``parameters`` that the recorded backward pass of ``outputs`` does not lead to."""
+    waiting = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    found, leaves = set(waiting), set()
+    while waiting:
+        node = waiting.pop()
+        following = node.next_functions
+        if not following:
+            leaves.add(id(getattr(node, "variable", None)))
+        for other, _ in following:
+            if other is not None and other not in found:
+                found.add(other)
+                waiting.append(other)
+    return [p for p in parameters if id(p) not in leaves and (p.is_leaf or p.grad_fn not in found)]

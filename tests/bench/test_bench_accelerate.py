@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import accelerate, harness, report, selection
+from bench import accelerate, compare_neural_graphs, compare_original, harness, report, selection
 from scalegmn_fast.models import published_config
 from scalegmn_fast.testing import randomize_parameters
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "interop"))
 import standins  # noqa: E402
-from test_accelerate import scalegmn_config  # noqa: E402
+from test_accelerate import neural_graphs_small, scalegmn_config  # noqa: E402
 
 NAME = "mnist_cls/scalegmn"
 pytestmark = pytest.mark.filterwarnings("ignore:d_hid and dropout_all")
@@ -26,17 +26,20 @@ def small(name):
     return config
 
 
-class StandIn:
+def randomised(model):
+    randomize_parameters(model, spread=0.1, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+class ScaleGmnStandIn:
     """The original's model of a small configuration; ``factor`` times its outputs."""
 
     factor = 1.0
 
     def __init__(self, root, name):
         torch.manual_seed(0)
-        args = scalegmn_config(name)
-        self.model = standins.scalegmn_model(args)
-        randomize_parameters(self.model, spread=0.1, generator=torch.Generator().manual_seed(0))
-        self.args = args
+        self.args = scalegmn_config(name)
+        self.model = randomised(standins.scalegmn_model(self.args))
 
     def forward(self, problem):
         batch = standins.scalegmn_batch(self.args, count=problem.batch, dtype=torch.float32)
@@ -45,27 +48,63 @@ class StandIn:
         return lambda: self.factor * self.model(batch)
 
 
+class NeuralGraphsStandIn:
+    def __init__(self, root, config):
+        torch.manual_seed(0)
+        self.model = randomised(standins.neural_graphs_model(config))
+
+    def forward(self, problem):
+        return lambda: self.model((problem.weights, problem.biases))
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(accelerate, "Theirs", StandIn)
+    monkeypatch.setattr(compare_original, "Theirs", ScaleGmnStandIn)
+    monkeypatch.setattr(compare_neural_graphs, "Theirs", NeuralGraphsStandIn)
     monkeypatch.setattr(accelerate, "published_config", small)
-    monkeypatch.setattr("bench.compare_original.published_config", small)
-    return StandIn
+    monkeypatch.setattr(compare_original, "published_config", small)
+    monkeypatch.setattr(accelerate, "neural_graphs_config", neural_graphs_small)
+    return ScaleGmnStandIn
 
 
-def test_a_row_has_both_times_and_their_ratio(stand_in):
-    row = accelerate.measure("", NAME, 2, rounds=2, seconds=0.1)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("scalegmn", NAME),
+        ("neural_graphs", "mnist_cls/pna"),
+        ("neural_graphs", "mnist_cls/rtransformer"),
+        ("neural_graphs", "style_editing/pna"),
+    ],
+)
+def test_a_row_has_both_times_and_their_ratio(family, name, stand_in):
+    row = accelerate.measure(family, "", name, 2, rounds=2, seconds=0.1)
     assert row["native"]["rounds"] == row["accelerated"]["rounds"] == 2
     assert row["ratio"]["median"] > 0 and row["difference"] <= 1e-5
-    text = accelerate.page({"rows": [{"config": NAME, "batch": 2, **row}]})
-    assert f"| {NAME} | 2 | {row['native']['median_ms']:.1f} |" in text and "geometric mean (of 1)" in text
+    text = accelerate.page({"rows": [{"config": name, "batch": 2, **row}]})
+    assert f"| {name} | 2 | {row['native']['median_ms']:.1f} |" in text and "geometric mean (of 1)" in text
 
 
 def test_nothing_is_timed_where_outputs_differ_or_nothing_is_accelerated(stand_in, monkeypatch):
     monkeypatch.setattr(stand_in, "factor", 1.1)
-    assert "outputs differ by" in accelerate.measure("", NAME, 2, rounds=1, seconds=0.1)["failed"]
+    found = accelerate.measure("scalegmn", "", NAME, 2, rounds=1, seconds=0.1)
+    assert "outputs differ by" in found["failed"] and "native" not in found
     monkeypatch.setattr(accelerate.scalegmn_fast, "accelerate", lambda model: model)
-    assert "accelerate has not been called" in accelerate.measure("", NAME, 2, rounds=1, seconds=0.1)["failed"]
+    found = accelerate.measure("scalegmn", "", NAME, 2, rounds=1, seconds=0.1)
+    assert "accelerate has not been called" in found["failed"]
+
+
+def test_each_original_has_its_configurations_and_its_batch(tmp_path, monkeypatch):
+    for file in (compare_original.FILE, compare_neural_graphs.FILE):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    root = str(tmp_path)
+    monkeypatch.setattr(accelerate.importlib.util, "find_spec", lambda name: name)
+    _, found = accelerate.arguments(["--neural-graphs", root])
+    assert found == [("neural_graphs", root, name, 128) for name in compare_neural_graphs.names()]
+    both = ["--scalegmn", root, "--neural-graphs", root]
+    assert len(accelerate.arguments(both)[1]) == len(accelerate.NAMES) == len(set(accelerate.NAMES))
+    _, found = accelerate.arguments([*both, "--config", "mnist_cls/pna", NAME, "--batch", "4"])
+    assert found == [("scalegmn", root, NAME, 4), ("neural_graphs", root, "mnist_cls/pna", 4)]
 
 
 def test_the_command_writes_rows_and_the_report_draws_them(monkeypatch, tmp_path, capsys):
@@ -88,12 +127,17 @@ def test_the_command_writes_rows_and_the_report_draws_them(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "argument --scalegmn: expected a checkout that has src/scalegmn/models.py"),
+        ([], "expected a checkout for --scalegmn or --neural-graphs"),
+        (["--scalegmn", "nowhere"], "argument --scalegmn: expected a checkout that has src/scalegmn/models.py"),
+        (["--neural-graphs", "nowhere"], "argument --neural-graphs: expected a checkout that has nn/relational_tr"),
         (["--rounds", "0"], "argument --rounds: expected at least 1, got 0"),
         (["--config", "mnist"], "argument --config: 'mnist' is no published configuration"),
+        (["--scalegmn", "HERE", "--config", "mnist_cls/pna"], "'mnist_cls/pna' is of an original whose checkout is"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, capsys):
+    (tmp_path / compare_original.FILE).parent.mkdir(parents=True)
+    (tmp_path / compare_original.FILE).touch()
     with pytest.raises(SystemExit):
-        accelerate.main(["--scalegmn", str(tmp_path), *arguments])
+        accelerate.main([str(tmp_path) if value == "HERE" else value for value in arguments])
     assert message in capsys.readouterr().err

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scalegmn_fast.graph import GraphBatch
+from scalegmn_fast.graph import GraphBatch, GraphPlan
 from scalegmn_fast.testing import random_network
 
 LAYOUT = (2, 4, 3, 1)
@@ -239,3 +239,21 @@ def test_bad_input(change, error, message):
     batch = SimpleNamespace(**{**attributes, **change(attributes)})
     with pytest.raises(error, match=message):
         GraphBatch.from_pyg(batch)
+
+
+def test_a_structure_is_sorted_and_checked_once(monkeypatch):
+    attributes = good()
+    GraphBatch.from_pyg(SimpleNamespace(**attributes))
+    calls, make = [], GraphPlan.from_edges
+    monkeypatch.setattr(GraphPlan, "from_edges", lambda *args: calls.append(1) or make(*args))
+    equal = {name: value.clone() for name, value in good().items()}
+    found = GraphBatch.from_pyg(SimpleNamespace(**{**equal, "x": equal["x"] + 1, "edge_attr": equal["edge_attr"] * 2}))
+    first = GraphBatch.from_pyg(SimpleNamespace(**attributes))
+    assert not calls and found.plan is first.plan
+    assert torch.equal(found.node_features, first.node_features + 1)
+    assert torch.equal(found.edge_features, first.edge_features * 2)
+    equal["mask_hidden"][9] ^= True
+    with pytest.raises(ValueError, match=r"batch.mask_hidden must mark .* got True for node 9"):
+        GraphBatch.from_pyg(SimpleNamespace(**equal))
+    with pytest.raises(ValueError, match=r"batch.bw_edge_index must be edge_index with its rows"):
+        GraphBatch.from_pyg(SimpleNamespace(**{**attributes, "bw_edge_index": attributes["edge_index"]}))

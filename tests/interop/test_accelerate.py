@@ -10,6 +10,7 @@ from compared import flat, gradients, trajectory
 from torch import nn
 
 import scalegmn_fast
+from scalegmn_fast.interop.twin import reached
 from scalegmn_fast.models import neural_graphs_config, neural_graphs_names, published_config, published_names
 from scalegmn_fast.testing import random_network, randomize_parameters, relative_error
 
@@ -433,3 +434,29 @@ def test_check_does_not_take_rounding_for_a_difference():
     scalegmn_fast.accelerate(model, check=True)
     model(([300 * w for w in weights], [300 * b for b in biases]))
     assert "as far as rounding moves the original, too" in scalegmn_fast.report(model).parts[0].checked
+
+
+# -- what a call costs beside the model -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_only_parameters_that_the_backward_pass_does_not_reach_get_gradients_of_zero(pair):
+    near, normed, far = (nn.Linear(2, 2) for _ in range(3))
+    nn.utils.parametrizations.weight_norm(normed)
+    weight, idle = normed.weight, far.weight * 2
+    hidden = near(torch.ones(1, 2)) @ weight
+    outputs = ([hidden], [hidden + 1]) if pair else hidden
+    wanted = [near.weight, near.bias, weight, far.weight, far.bias, idle]
+    assert reached(outputs, wanted[:3]) is outputs
+    with torch.no_grad():
+        assert reached(outputs, wanted) is outputs
+    found = flat(reached(outputs, wanted))
+    assert all(torch.equal(a, b) for a, b in zip(found, flat(outputs), strict=True))
+    grads = torch.autograd.grad(sum(t.sum() for t in found), wanted)
+    assert [bool(grad.count_nonzero()) for grad in grads] == [True] * 3 + [False] * 3
+
+
+def test_a_step_that_reaches_every_parameter_gets_no_more_from_accelerate():
+    model, inputs = simple()
+    scalegmn_fast.accelerate(model)
+    assert "Reached" not in model(*inputs).grad_fn.name()
