@@ -20,13 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architecture import Architecture
 from .batch import GraphBatch
-
-LINEAR_TAPS = ("centre", "first")
+from .layers import Network, check_list, check_tensors, edge_features, grid_of, layout_of, pixels_of
 
 _KINDS = {
     "sign": frozenset({"sign"}),
@@ -53,27 +51,6 @@ _SUPPORTED = (
     f"Linear, Conv2d, {', '.join(cls.__name__ for cls in _MODULE_KINDS)}, Hardtanh, sine modules, "
     "containers of these whose children run in order, and classes named in module_symmetry"
 )
-
-
-class _Network(NamedTuple):
-    """One network as its layers' parameters: weights [out, in] or [out, in, kh, kw], biases [out] or None."""
-
-    label: str
-    names: list[str]
-    weights: list[Tensor]
-    biases: list[Tensor | None]
-
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(w.shape) for w in self.weights)
-
-
-class _Grid(NamedTuple):
-    """How weights become edge features: kernels padded to height x width, ``d_e`` numbers, where a linear weight is."""
-
-    height: int
-    width: int
-    d_e: int
-    tap: int
 
 
 # -- state dicts -----------------------------------------------------------------------------------------------------
@@ -115,19 +92,26 @@ def from_state_dicts(
             do not fit each other; parameters of anything but linear layers and convolutions (normalisation).
         KeyError: a name of ``names`` is not in a state dict.
     """
-    _check_list("state_dicts", state_dicts)
-    networks: list[_Network] = []
+    check_list("state_dicts", state_dicts)
+    networks: list[Network] = []
     pairs: dict[tuple, list[tuple[str, str | None]]] = {}  # state dicts of equal names and shapes are read alike
     for index, state in enumerate(state_dicts):
         label = f"state_dicts[{index}]"
         if not isinstance(state, Mapping):
             raise TypeError(f"{label} must be a mapping of names to tensors, got {type(state).__name__}")
-        networks.append(_network_of_state(label, state, names, pairs))
+        networks.append(network_of_state(label, state, names, pairs))
     masks = _split_sign_mask(sign_mask, networks)
     return _build(networks, input_value=input_value, masks=masks, kernel_size=kernel_size, linear_tap=linear_tap)
 
 
-def _network_of_state(label: str, state: Mapping[str, Tensor], names, known: dict) -> _Network:
+def network_of_state(label: str, state: Mapping[str, Tensor], names, known: dict) -> Network:
+    """The layers of one state dict; ``names`` as for `from_state_dicts`.
+
+    ``known`` has the (weight, bias) names of state dicts read before, by names and shapes; it is added to.
+
+    Raises:
+        TypeError, ValueError, KeyError: as `from_state_dicts`.
+    """
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{label}[{name!r}] must be a torch.Tensor, got {type(value).__name__}")
@@ -150,7 +134,7 @@ def _network_of_state(label: str, state: Mapping[str, Tensor], names, known: dic
             raise ValueError(f"{label}[{weight!r}] must be [out, in] or [out, in, kh, kw], got shape {list(w.shape)}")
         if b is not None and b.shape != w.shape[:1]:
             raise ValueError(f"{label}[{bias!r}] must have shape {list(w.shape[:1])}, got {list(b.shape)}")
-    return _Network(label, [f"[{weight!r}]" for weight, _ in pairs], weights, biases)
+    return Network(label, [f"[{weight!r}]" for weight, _ in pairs], weights, biases)
 
 
 def _paired_names(label: str, state: Mapping[str, Tensor]) -> list[tuple[str, str | None]]:
@@ -191,7 +175,7 @@ def _shown(state: Mapping[str, Any]) -> str:
     return str(names if len(names) <= 8 else [*names[:8], "..."])
 
 
-def _split_sign_mask(mask, networks: list[_Network]) -> list[Tensor] | None:
+def _split_sign_mask(mask, networks: list[Network]) -> list[Tensor] | None:
     """One bool [] or [neurons] per network."""
     if mask is None:
         return None
@@ -206,7 +190,7 @@ def _split_sign_mask(mask, networks: list[_Network]) -> list[Tensor] | None:
         device = network.weights[0].device
         if isinstance(entry, bool):
             entry = torch.tensor(entry, device=device)
-        neurons = sum(_layout(network))
+        neurons = sum(layout_of(network))
         if not isinstance(entry, Tensor) or entry.dtype != torch.bool:
             raise TypeError(f"sign_mask[{index}] must be a bool, got {getattr(entry, 'dtype', type(entry).__name__)}")
         if entry.shape not in ((), (neurons,)):
@@ -217,117 +201,32 @@ def _split_sign_mask(mask, networks: list[_Network]) -> list[Tensor] | None:
     return masks
 
 
-# -- layers to edge features -----------------------------------------------------------------------------------------
-
-
-def _check_list(name: str, values) -> None:
-    if not isinstance(values, Sequence) or isinstance(values, str | nn.Module):
-        raise TypeError(f"{name} must be a list, one entry per network, got {type(values).__name__}")
-    if not values:
-        raise ValueError(f"{name} must hold at least one network, got an empty list")
-
-
-def _layout(network: _Network) -> tuple[int, ...]:
-    return (network.weights[0].shape[1], *(w.shape[0] for w in network.weights))
-
-
-def _pixels(network: _Network) -> list[int]:
-    """Per layer, how many of its inputs belong to one neuron before it: 1, or the pixels of a flattened channel."""
-    counts = []
-    previous = network.weights[0]
-    for index, w in enumerate(network.weights):
-        width = previous.shape[0] if index else w.shape[1]
-        count = w.shape[1] // width if width else 0
-        flattens = w.ndim == 2 and previous.ndim == 4
-        if w.numel() == 0 or count * width != w.shape[1] or (count > 1 and not flattens):
-            expected = f"{width}, or a multiple of it after Flatten" if flattens else str(width)
-            raise ValueError(
-                f"{network.label}{network.names[index]} must read the {width} neurons before it: expected {expected} "
-                f"inputs, got shape {list(w.shape)}"
-            )
-        counts.append(count)
-        previous = w
-    return counts
-
-
-def _check_tensors(networks: list[_Network]) -> None:
-    first = networks[0].weights[0]
-    for network in networks:
-        for name, w, b in zip(network.names, network.weights, network.biases, strict=True):
-            for kind, value in (("weight", w), ("bias", b)):
-                if value is None:
-                    continue
-                if not value.is_floating_point() or value.dtype != first.dtype:
-                    raise TypeError(
-                        f"{network.label}{name}: {kind} must be floating point of the first weight's dtype "
-                        f"{first.dtype}, got {value.dtype}"
-                    )
-                if value.device != first.device:
-                    raise ValueError(
-                        f"{network.label}{name}: {kind} must be on the first weight's device {first.device}, "
-                        f"got {value.device}"
-                    )
-
-
-def _grid(networks: list[_Network], pixels: int, kernel_size, linear_tap: str) -> _Grid:
-    if linear_tap not in LINEAR_TAPS:
-        raise ValueError(f"linear_tap must be one of {', '.join(LINEAR_TAPS)}, got {linear_tap!r}")
-    kernels = {w.shape[2:] for network in networks for w in network.weights if w.ndim == 4} | {(1, 1)}
-    height, width = (max(kernel[axis] for kernel in kernels) for axis in (0, 1))
-    if kernel_size is not None:
-        given = tuple(kernel_size) if isinstance(kernel_size, Sequence) else kernel_size
-        if not isinstance(given, tuple) or len(given) != 2 or not all(isinstance(size, int) for size in given):
-            raise TypeError(f"kernel_size must be two integers, height and width, got {kernel_size!r}")
-        if given[0] < height or given[1] < width:
-            raise ValueError(f"kernel_size must be at least the largest kernels, {(height, width)}, got {given}")
-        height, width = given
-    tap = (height - 1) // 2 * width + (width - 1) // 2 if linear_tap == "centre" else 0
-    return _Grid(height, width, max(height * width, pixels), tap)
-
-
-def _edge_features(weight: Tensor, pixels: int, grid: _Grid) -> Tensor:
-    """[B, out, in, *kernel] or [B, out, in * pixels] -> [B, in, out, d_e]."""
-    if weight.ndim == 5:
-        rows, columns = grid.height - weight.shape[3], grid.width - weight.shape[4]
-        if rows or columns:
-            weight = F.pad(weight, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        features, before = weight.flatten(3), 0
-    elif pixels > 1:
-        features, before = weight.unflatten(2, (-1, pixels)), 0
-    else:
-        features, before = weight.unsqueeze(-1), grid.tap
-    after = grid.d_e - before - features.shape[-1]
-    if before or after:
-        features = F.pad(features, (before, after))
-    return features.transpose(1, 2)
-
-
 def _build(
-    networks: list[_Network],
+    networks: list[Network],
     *,
     input_value: float | None,
     masks: list[Tensor] | None,
     kernel_size: tuple[int, int] | None,
     linear_tap: str,
 ) -> GraphBatch:
-    _check_tensors(networks)
-    pixels = {network.shapes(): _pixels(network) for network in networks}
-    grid = _grid(networks, max(itertools.chain.from_iterable(pixels.values())), kernel_size, linear_tap)
+    check_tensors(networks)
+    pixels = {network.shapes(): pixels_of(network) for network in networks}
+    grid = grid_of(networks, max(itertools.chain.from_iterable(pixels.values())), kernel_size, linear_tap)
     batches = []
     position = 0
-    for shapes, run in itertools.groupby(networks, key=_Network.shapes):
+    for shapes, run in itertools.groupby(networks, key=Network.shapes):
         run = list(run)
         weights, biases = [], []
         for layer, shape in enumerate(shapes):
             stacked = torch.stack([network.weights[layer] for network in run])
-            weights.append(_edge_features(stacked, pixels[shapes][layer], grid))
+            weights.append(edge_features(stacked, pixels[shapes][layer], grid))
             found = [network.biases[layer] for network in run]
             biases.append(torch.stack([stacked.new_zeros(shape[0]) if b is None else b for b in found]))
         value = (0.0 if any(len(shape) == 4 for shape in shapes) else 1.0) if input_value is None else input_value
         mask = None
         if masks is not None:
             entries = masks[position : position + len(run)]
-            size = 1 if all(entry.ndim == 0 for entry in entries) else sum(_layout(run[0]))
+            size = 1 if all(entry.ndim == 0 for entry in entries) else sum(layout_of(run[0]))
             mask = torch.stack([entry.expand(size) for entry in entries])
             mask = mask.squeeze(1) if size == 1 else mask
         batches.append(GraphBatch.from_weights(weights, biases, input_value=value, sign_mask=mask))
@@ -401,7 +300,7 @@ def from_modules(
         TypeError, ValueError: an empty list; an entry that is no module; a module that is no such stack (the message
             names the child and what is supported); parameters of several dtypes or devices; layers that do not fit.
     """
-    _check_list("modules", modules)
+    check_list("modules", modules)
     if inputs is not None:
         unread = {"activation": activation, "module_symmetry": module_symmetry}
         unread["linear_tap"] = None if linear_tap == "centre" else linear_tap
@@ -422,7 +321,7 @@ def from_modules(
         if not layers:
             raise ValueError(f"{label} must hold at least one Linear or Conv2d, got {type(module).__name__}")
         weights, biases = [items[k].weight for k in layers], [items[k].bias for k in layers]
-        networks.append(_Network("", [items[k].path for k in layers], weights, biases))
+        networks.append(Network("", [items[k].path for k in layers], weights, biases))
         hidden.append([_kinds_between(items[a : b + 1], between) for a, b in itertools.pairwise(layers)])
     symmetry, masks = _symmetry_of(networks, hidden)
     batch = _build(networks, input_value=input_value, masks=masks, kernel_size=kernel_size, linear_tap=linear_tap)
@@ -532,7 +431,7 @@ def _kinds_between(items: list[_Item], between: frozenset[str] | None) -> frozen
     return kinds & between
 
 
-def _symmetry_of(networks: list[_Network], hidden: list[list[frozenset[str]]]) -> tuple[str, list[Tensor] | None]:
+def _symmetry_of(networks: list[Network], hidden: list[list[frozenset[str]]]) -> tuple[str, list[Tensor] | None]:
     """(symmetry of the batch, bool [neurons] per network: True for sign) from the symmetries of each hidden layer."""
     found = set(itertools.chain.from_iterable(hidden))
     if frozenset() in found:
@@ -543,6 +442,6 @@ def _symmetry_of(networks: list[_Network], hidden: list[list[frozenset[str]]]) -
         signs = [kinds == _KINDS["sign"] or (kinds == _BOTH and linear_is_sign) for kinds in layers] or [linear_is_sign]
         values.update(signs)
         per_layer = [signs[0], *signs, signs[-1]] if layers else signs * 2
-        mask = torch.from_numpy(np.repeat(per_layer, _layout(network)))
+        mask = torch.from_numpy(np.repeat(per_layer, layout_of(network)))
         masks.append(mask.to(network.weights[0].device))
     return "hetero" if len(values) == 2 else "sign" if True in values else "scale", masks

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .architecture import Architecture, activation_number
 from .batch import GraphBatch
-from .builders import _check_list, _check_tensors, _edge_features, _Grid, _grid, _Network, _network_of_state, _pixels
+from .builders import network_of_state
+from .layers import Grid, Network, check_list, check_tensors, edge_features, grid_of, pixels_of
 
 FLATTENING_METHODS = ("repeat_nodes", "extra_layer")
 
@@ -20,7 +21,7 @@ FLATTENING_METHODS = ("repeat_nodes", "extra_layer")
 class _Cnn(NamedTuple):
     """A network whose flattening is resolved: every weight joins two neurons."""
 
-    network: _Network
+    network: Network
     architecture: Architecture
     residuals: tuple[tuple[int, int], ...]  # (hidden layer that sends, hidden layer that receives)
 
@@ -65,7 +66,7 @@ def from_cnns(
         TypeError, ValueError: an argument of a wrong type, length or value; what `builders.from_state_dicts` rejects;
             a flattened feature map without a flattening method; a residual connection between neighbouring layers.
     """
-    _check_list("state_dicts", state_dicts)
+    check_list("state_dicts", state_dicts)
     if flattening_method is not None and flattening_method not in FLATTENING_METHODS:
         raise ValueError(
             f"flattening_method must be one of {', '.join(FLATTENING_METHODS)} or None, got {flattening_method!r}"
@@ -79,14 +80,14 @@ def from_cnns(
         label = f"state_dicts[{index}]"
         if not isinstance(state, Mapping):
             raise TypeError(f"{label} must be a mapping of names to tensors, got {type(state).__name__}")
-        network = _network_of_state(label, state, names, known)
+        network = network_of_state(label, state, names, known)
         hidden = len(network.weights) - 1
         acts = None if activations is None else _activations(f"activations[{index}]", activations[index], hidden)
         residuals = () if residual_connections is None else _residuals(index, residual_connections[index], hidden)
         cnns.append(_resolved(network, acts, residuals, flattening_method, original_pixel_order))
     networks = [cnn.network for cnn in cnns]
-    _check_tensors(networks)
-    grid = _grid(networks, 1, kernel_size, "centre" if linear_as_conv else "first")
+    check_tensors(networks)
+    grid = grid_of(networks, 1, kernel_size, "centre" if linear_as_conv else "first")
     batches = [_batch(list(run), grid) for _, run in itertools.groupby(cnns, key=_Cnn.key)]
     return GraphBatch.cat(batches)
 
@@ -113,9 +114,9 @@ def _residuals(index: int, senders: Sequence[int], hidden: int) -> tuple[tuple[i
     return found
 
 
-def _resolved(network: _Network, activations, residuals, method: str | None, original_order: bool) -> _Cnn:
+def _resolved(network: Network, activations, residuals, method: str | None, original_order: bool) -> _Cnn:
     convolutions = [w.ndim == 4 for w in network.weights]
-    pixels = _pixels(network)
+    pixels = pixels_of(network)
     after = next((k for k, count in enumerate(pixels) if count > 1), None)
     if method is None and after is not None:
         raise ValueError(
@@ -133,7 +134,7 @@ def _resolved(network: _Network, activations, residuals, method: str | None, ori
         if not original_order:
             weights[last + 1] = weights[last + 1].unflatten(1, (channels, count)).transpose(1, 2).flatten(1)
         architecture = Architecture(tuple(convolutions), activations, count)
-        return _Cnn(_Network(network.label, names, weights, biases), architecture, residuals)
+        return _Cnn(Network(network.label, names, weights, biases), architecture, residuals)
     side = math.isqrt(count)
     if side * side != count:
         raise ValueError(
@@ -150,16 +151,16 @@ def _resolved(network: _Network, activations, residuals, method: str | None, ori
         activations = (*activations[: last + 1], "none", *activations[last + 1 :])
     residuals = tuple(tuple(layer + (layer > last) for layer in pair) for pair in residuals)
     return _Cnn(
-        _Network(network.label, names, weights, biases), Architecture(tuple(convolutions), activations), residuals
+        Network(network.label, names, weights, biases), Architecture(tuple(convolutions), activations), residuals
     )
 
 
-def _batch(cnns: list[_Cnn], grid: _Grid) -> GraphBatch:
+def _batch(cnns: list[_Cnn], grid: Grid) -> GraphBatch:
     first = cnns[0].network
     weights, biases = [], []
     for layer, shape in enumerate(first.shapes()):
         stacked = torch.stack([cnn.network.weights[layer] for cnn in cnns])
-        weights.append(_edge_features(stacked, 1, grid))
+        weights.append(edge_features(stacked, 1, grid))
         found = [cnn.network.biases[layer] for cnn in cnns]
         biases.append(torch.stack([stacked.new_zeros(shape[0]) if b is None else b for b in found]))
     batch = GraphBatch.from_weights(weights, biases, input_value=0.0)
@@ -170,7 +171,7 @@ def _batch(cnns: list[_Cnn], grid: _Grid) -> GraphBatch:
     )
 
 
-def _with_residuals(weights: list[Tensor], biases: list[Tensor], residuals, grid: _Grid) -> GraphBatch:
+def _with_residuals(weights: list[Tensor], biases: list[Tensor], residuals, grid: Grid) -> GraphBatch:
     count, device = weights[0].shape[0], weights[0].device
     widths = [weights[0].shape[1], *(w.shape[2] for w in weights)]
     starts = [0, *itertools.accumulate(widths)]

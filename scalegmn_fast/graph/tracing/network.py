@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..architecture import ACTIVATION_NAMES, Architecture
 from ..batch import GraphBatch
-from ..builders import _check_list, _edge_features, _Grid
+from ..layers import Grid, check_list, edge_features
 from ..plan import FIRST, HIDDEN, LAST, GraphPlan
 from .wires import BOTH, SCALE, SIGN, Element, NeuronClass, random_element
 
@@ -151,7 +151,7 @@ class TracedNetwork:
             TypeError, ValueError: an empty list; an entry that is no module or mapping.
             KeyError: a parameter that is missing; ValueError: one of another shape.
         """
-        _check_list("networks", networks)
+        check_list("networks", networks)
         graph = self._graph
         nodes, edges = [], []
         for index, network in enumerate(networks):
@@ -185,13 +185,13 @@ class TracedNetwork:
     def num_edges(self) -> int:
         return self._graph.plan.num_edges
 
-    def _grid(self) -> _Grid:
+    def _grid(self) -> Grid:
         kernels = [edges.kernel for edges in self.edges if edges.kernel is not None] + [(1, 1)]
         height, width = (max(kernel[axis] for kernel in kernels) for axis in (0, 1))
         most = max((edges.numbers for edges in self.edges if edges.kernel is None), default=1)
         if self.kernel_size is not None:
             (height, width), most = self.kernel_size, 1
-        return _Grid(height, width, max(height * width, most), (height - 1) // 2 * width + (width - 1) // 2)
+        return Grid(height, width, max(height * width, most), (height - 1) // 2 * width + (width - 1) // 2)
 
     @cached_property
     def _graph(self) -> _Graph:
@@ -393,7 +393,7 @@ class _Graph(NamedTuple):
     copy_of: np.ndarray
 
     @classmethod
-    def of(cls, network: TracedNetwork, grid: _Grid) -> _Graph:
+    def of(cls, network: TracedNetwork, grid: Grid) -> _Graph:
         ends = [network.node_of[np.stack([edges.source, edges.target])] for edges in network.edges]
         wires = np.unique(np.concatenate([pair.reshape(-1) for pair in ends]))
         node = np.full(len(network.node_of), -1, dtype=np.int64)
@@ -422,17 +422,17 @@ class _Graph(NamedTuple):
         )
 
 
-def _pieces(edges: Edges, grid: _Grid) -> tuple[int, int]:
+def _pieces(edges: Edges, grid: Grid) -> tuple[int, int]:
     """(pieces that an edge's numbers are cut into, nodes that repeat its sources to carry them; 0 if one will do)."""
     pieces = -(-edges.numbers // grid.d_e)
     return pieces, pieces * len(np.unique(edges.source)) if pieces > 1 else 0
 
 
-def _widened(values: Tensor, kernel: tuple[int, int] | None, grid: _Grid) -> Tensor:
+def _widened(values: Tensor, kernel: tuple[int, int] | None, grid: Grid) -> Tensor:
     """[edges, numbers] -> [edges, d_e]: kernels on the grid's centre, other numbers and long kernels from the start."""
     if kernel is None or kernel[0] > grid.height or kernel[1] > grid.width:
-        return _edge_features(values.unsqueeze(0), values.shape[1], grid)[0, 0]
-    return _edge_features(values.unflatten(1, kernel)[None, :, None], 1, grid)[0, 0]
+        return edge_features(values.unsqueeze(0), values.shape[1], grid)[0, 0]
+    return edge_features(values.unflatten(1, kernel)[None, :, None], 1, grid)[0, 0]
 
 
 def _tensors(label: str, network: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
