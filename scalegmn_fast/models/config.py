@@ -223,6 +223,11 @@ def resolve(config) -> dict:
     return args
 
 
+def known_keys(section: str = "") -> set[str] | None:
+    """The keys of ``scalegmn_args`` or of a section in it; None for what is no section with keys of its own."""
+    return {*_TOP} if not section else {*_SECTIONS[section]} if section in _SECTIONS else None
+
+
 def load(config) -> dict:
     """The dictionary of a configuration: of a mapping itself, of a YAML file, or of a published name."""
     if isinstance(config, Mapping):

@@ -313,6 +313,19 @@ def completed(name: str, given: Any, known: Mapping[str, _Key], set_by_model: Se
     return result
 
 
+def known_keys(target: Any, section: str = "") -> set[str] | None:
+    """The keys of the dictionary of a model, by its ``_target_``, or of a section in it.
+
+    None for an unknown ``_target_``, and for what is no section with keys of its own.
+    """
+    if target not in _TARGETS:
+        return None
+    keys = MODELS[_TARGETS[target]]
+    features = VARYING_FEATURES if "input_channels" in keys else FIXED_FEATURES
+    sections = {"": keys, "graph_constructor": features, "gnn_backbone": BACKBONE, "gnn_backbone.norm_kwargs": _NORM}
+    return {*_HYDRA, *sections[section]} if section in sections else None
+
+
 def model_arguments(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(class name, checked constructor arguments) of a dictionary with ``_target_``; the input is not modified.
 

@@ -106,7 +106,8 @@ def _with_model(conf: dict) -> dict:
 def apply_overrides(conf: dict, overrides: Iterable[str]) -> dict:
     """Returns a copy of ``conf`` with every ``key.sub=value`` of ``overrides`` set; values are read as YAML.
 
-    A key must stand in ``conf`` or be known to its section; otherwise ValueError names it and the nearest valid one.
+    A key must stand in ``conf`` or be known to its section, the model's included; otherwise ValueError names it and the
+    nearest valid one.
     """
     conf = copy.deepcopy(conf)
     yaml = require("yaml", "reading a configuration")
@@ -122,13 +123,13 @@ def apply_overrides(conf: dict, overrides: Iterable[str]) -> dict:
         *sections, last = key.split(".")
         node, prefix = conf, ""
         for name in sections:
-            _check_key(node, prefix, name, key)
+            _check_key(conf, node, prefix, name, key)
             if node.get(name) is None:
                 node[name] = {}
             node, prefix = node[name], f"{prefix}.{name}" if prefix else name
             if not isinstance(node, dict):
                 raise ValueError(f"override '{item}': '{prefix}' is a value, not a section")
-        _check_key(node, prefix, last, key)
+        _check_key(conf, node, prefix, last, key)
         if isinstance(node.get(last), dict) and not (value is None or isinstance(value, dict)):
             if not (prefix == "" and last == "wandb"):
                 raise ValueError(f"override '{item}': '{key}' is a section; its keys: {', '.join(node[last])}")
@@ -246,12 +247,23 @@ def _unknown(key: str, section: str, known: Iterable[str], item: str | None = No
     return f"unknown key '{key}'{f' in override {item!r}' if item else ''}; {hint}"
 
 
-def _check_key(node: dict, prefix: str, name: str, key: str) -> None:
-    if name in node or name in _SECTIONS.get(prefix, ()):
+def _check_key(conf: dict, node: dict, prefix: str, name: str, key: str) -> None:
+    known = _model_keys(conf, prefix) if prefix.split(".")[0] in _MODELS else _SECTIONS.get(prefix, set())
+    if name in node or prefix in _OPEN or known is None or name in known:
         return
-    if prefix.split(".")[0] in _MODELS or prefix in _OPEN:
-        return
-    raise ValueError(_unknown(_name(prefix, name), prefix, set(node) | _SECTIONS.get(prefix, set()), item=key))
+    raise ValueError(_unknown(_name(prefix, name), prefix, {*node, *known}, item=key))
+
+
+def _model_keys(conf: dict, prefix: str) -> set[str] | None:
+    """The keys of a section of the model; None where the model alone knows them."""
+    section, _, inner = prefix.partition(".")
+    if section == "scalegmn_args":
+        from scalegmn_fast.models.config import known_keys
+
+        return known_keys(inner)
+    from scalegmn_fast.models.neural_graphs_config import known_keys
+
+    return known_keys((conf.get("model") or {}).get("_target_"), inner)
 
 
 def _number(value, key: str):

@@ -52,11 +52,39 @@ def test_overrides_are_read_as_yaml():
     ("batch_size", "expected key.sub=value"),
     ("=3", "expected key.sub=value"),
     ("batch_size=[1", "not YAML"),
+    ("scalegmn_args.d_hidden=8", "unknown key 'scalegmn_args.d_hidden'.*'scalegmn_args.d_hid'"),
+    ("scalegmn_args.gnn_args.agregator=max", "nearest valid key is 'scalegmn_args.gnn_args.aggregator'"),
+    ("scalegmn_args.mlp_arg.skip=true", "unknown key 'scalegmn_args.mlp_arg'.*'scalegmn_args.mlp_args'"),
+    ("scalegmn_args.quantise=true", "unknown key 'scalegmn_args.quantise'.*valid keys: .*num_layers"),
 ])  # fmt: skip
 def test_bad_overrides(override, message):
     pytest.importorskip("yaml")
     with pytest.raises(ValueError, match=message):
         apply_overrides(tiny_config(), [override])
+
+
+@pytest.mark.parametrize(("name", "override", "message"), [
+    ("mnist_cls/pna", "model.d_hidden=8", "nearest valid key is 'model.d_hid'"),
+    ("mnist_cls/pna", "model.gnn_backbone.tower=2", "nearest valid key is 'model.gnn_backbone.towers'"),
+    ("mnist_cls/pna", "model.gnn_backbone.norm_kwargs.epsilon=1", "nearest valid key is 'model.gnn_backbone.norm_kwa"),
+    ("cnn_zoo/rtransformer", "model.graph_constructor.linear_as_con=true", "'model.graph_constructor.linear_as_conv'"),
+])  # fmt: skip
+def test_bad_overrides_of_neural_graphs(name, override, message):
+    pytest.importorskip("yaml")
+    with pytest.raises(ValueError, match=message):
+        apply_overrides(load_config(name), [override])
+
+
+def test_overrides_of_keys_that_a_file_leaves_out():
+    pytest.importorskip("yaml")
+    config = apply_overrides(
+        tiny_config(), ["scalegmn_args.edge_memory=store", "scalegmn_args.gnn_args.aggregator=max"]
+    )
+    assert config["scalegmn_args"]["edge_memory"] == "store"
+    assert config["scalegmn_args"]["gnn_args"]["aggregator"] == "max"
+    config = apply_overrides(load_config("style_editing/pna"), ["model.exact_bias_readout=true"])
+    assert config["model"]["exact_bias_readout"] is True
+    assert apply_overrides({}, ["model._target_=own.Net", "model.width=3"])["model"]["width"] == 3
 
 
 @pytest.mark.parametrize(("changes", "message"), [
