@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from test_train_editing import config_of as editing_config
 from test_train_neural_graphs import config_of
 from train_tiny import tiny_config
 
@@ -67,6 +68,13 @@ def fit_neural_graphs(dataset, out):
         fit(config_of(kind, train_args__num_epochs=2, **change), dataset, Path(out) / kind)
 
 
+def fit_editing(dataset, out, epochs=2, **options):
+    """INRs whose images are to be dilated; the last of the 5 batches of an epoch is smaller."""
+    changes = {"train_args__num_epochs": epochs, "optimization__optimizer_args__lr": 1e-3, "batch_size": 9}
+    changes["scalegmn_args__gnn_args__dropout"] = 0.0
+    fit(editing_config("mnist_editing/scalegmn", **changes), dataset, out, **options)
+
+
 def interrupt_at(step, rank=0):
     def on_step(trainer):
         if trainer.total_steps == step and trainer.processes.rank == rank:
@@ -95,9 +103,12 @@ def every_case(folder, rank):
     fit(plain(), dataset, folder / "two")
     seen["visited"] = fit_double(uneven, folder / "two_double")
     fit_neural_graphs(dataset, folder / "two_ng")
+    editing = PackedDataset(folder / "editing.safetensors")
+    fit_editing(editing, folder / "two_editing")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(plain(), dataset, folder / "one_then_two", resume=True)
+        fit_editing(editing, folder / "one_then_two_editing", resume=True)
         fit(config_of("pna", train_args__num_epochs=1), dataset, folder / "mixing")
     seen["warnings"] = [str(w.message) for w in caught]
     fit(plain(), dataset, folder / "two_then_one", on_step=interrupt_at(8, rank=1))

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import BATCH_NORM, OPTIONS, fit, fit_double, fit_neural_graphs, plain
+from distributed_worker import BATCH_NORM, OPTIONS, fit, fit_double, fit_editing, fit_neural_graphs, plain
 from test_trainer import assert_same_run, curve
 from train_tiny import write_tiny
 
+from scalegmn_fast.data import add_targets, write_packed
 from scalegmn_fast.train import Trainer, load_checkpoint
 from scalegmn_fast.train.distributed import Processes, joined, local_device, started
 
@@ -37,6 +38,14 @@ def close(a, b, tolerance):
     return a == pytest.approx(b, rel=tolerance) if isinstance(a, float) else a == b
 
 
+def write_editing(dataset, path):
+    """The networks with weights small enough for smooth images, and those images dilated."""
+    weights, biases = ([0.03 * t for t in layers] for layers in dataset.weights(slice(None)))
+    small = path.with_name("small.safetensors")
+    write_packed(small, weights, biases, dataset.labels, dataset.splits, dataset.metadata)
+    return add_targets(small, path, "dilate", shape=(5, 5))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two processes' runs and the single process's, side by side in one folder."""
@@ -44,11 +53,14 @@ def runs(tmp_path_factory):
     torch.set_num_threads(1)
     dataset = write_tiny(folder / "tiny.safetensors")
     uneven = write_tiny(folder / "uneven.safetensors", sizes=(41, 16, 16))
+    editing = write_editing(dataset, folder / "editing.safetensors")
     fit(plain(train_args__num_epochs=1), dataset, folder / "one_then_two")
+    fit_editing(editing, folder / "one_then_two_editing", epochs=1)
     process = torchrun(HERE / "distributed_worker.py", folder)
     fit(plain(), dataset, folder / "one")
     (folder / "visited.json").write_text(json.dumps(fit_double(uneven, folder / "one_double")))
     fit_neural_graphs(dataset, folder / "one_ng")
+    fit_editing(editing, folder / "one_editing")
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
     return folder
@@ -76,6 +88,14 @@ def test_in_float64_with_uneven_parts_it_is_so_much_more_closely(runs):
 @pytest.mark.parametrize("kind", ["pna", "rtransformer"])
 def test_neural_graphs_too(runs, kind):
     assert_close(runs / "two_ng" / kind, runs / "one_ng" / kind, 1e-4)
+
+
+@pytest.mark.parametrize("run", ["two_editing", "one_then_two_editing"])
+def test_editing_too(runs, run):
+    """From the first step, and continued by two processes after an epoch of one."""
+    assert_close(runs / run, runs / "one_editing", 1e-4)
+    losses = [row["train"]["loss"] for row in json.loads((runs / run / "metrics.json").read_text())["epochs"]]
+    assert len(losses) == 2 and losses[1] != losses[0]
 
 
 def test_the_processes_share_the_order_of_one(runs):
