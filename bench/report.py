@@ -121,7 +121,8 @@ SECTIONS = (
         "`python -m bench.identities`. A training step (forward and backward, float32): on the reference backend with "
         "none and with all of the identities of the plan of work, and with all of them and the fused ops (none / "
         "fused). *fuse* is what row programs give over the same identities run as PyTorch operators; the columns "
-        "before it are what that unfused step costs without one identity, over the unfused step with all.",
+        "before it are what that unfused step costs without one identity, over the unfused step with all. *across* is "
+        "the step as row programs without it, over the same with it.",
     ),
     (
         "engine",

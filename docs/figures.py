@@ -14,7 +14,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalegmn_fast.graph import GraphBatch, GraphPlan
-from scalegmn_fast.models import from_config
+from scalegmn_fast.models import from_config, published_config
 from scalegmn_fast.reference.row_program import sections
 
 INK, GREY, PAPER = "#22303c", "#8795a1", "#ffffff"
@@ -117,15 +117,17 @@ class Programs(TorchDispatchMode):
 
 
 def hidden_section():
-    """The section of the second round's program that has messages into hidden neurons and updates of their edges."""
+    """The section of the third of five rounds that has messages into hidden neurons and updates of their edges."""
     shapes = ((2, 32), (32, 32), (32, 1))
     weights, biases = [torch.ones(4, *shape) for shape in shapes], [torch.ones(4, width) for _, width in shapes]
     batch = GraphBatch.from_weights(weights, biases)
+    config = published_config("mnist_cls/scalegmn")
+    config["scalegmn_args"]["num_layers"] = 5
     with torch.no_grad(), Programs() as programs:
-        from_config("mnist_cls/scalegmn").eval()(batch)
+        from_config(config).eval()(batch)
     rounds = [list(sections(*args[2:5])) for args in programs.found]
     rounds = [round for round in rounds if any(section.reduced >= 0 for section in round)]
-    return max(rounds[1], key=lambda section: len(section.steps))
+    return max(rounds[2], key=lambda section: len(section.steps))
 
 
 # Centres of the boxes of its steps, by number.

@@ -201,6 +201,20 @@ class GraphPlan:
         cache = {("edge_types", num_first, num_hidden_layers): types}
         return GraphPlan(**self._fields(), _cache=cache)
 
+    def inner_edges(self) -> tuple[tuple[int, int, int], ...]:
+        """(first edge, edges, layer) of the blocks of edges that all leave the same hidden layer for another."""
+        runs, start = [], 0
+        for block in self.blocks:
+            layers = {
+                0 if part.layout is None else len(part.layout) - 2 - block.distance
+                for part in self.parts
+                if any(own[:2] == block[:2] for own in part.blocks)
+            }
+            if block.node_class == HIDDEN and len(layers) == 1 and min(layers) > 0:
+                runs.append((start, block.edges, *layers))
+            start += block.edges
+        return tuple(runs)
+
     def layer_widths(self) -> tuple[tuple[int, ...], ...]:
         """Nodes of each layer of each graph; 0 for layers that a graph does not have."""
         return self._cached("layer_widths", self._layer_widths)

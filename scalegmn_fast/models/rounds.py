@@ -9,7 +9,8 @@ import torch
 from ..graph import GraphBatch
 from ..graph.ends import sender_pairs
 from ..graph.plan import FIRST, HIDDEN, LAST
-from ..nn import Direction, RowClasses
+from ..nn import Direction, FactoredEdges, RowClasses
+from ..nn.rows import Rows
 
 
 class Types(NamedTuple):
@@ -32,18 +33,21 @@ def _split(graph: GraphBatch, rows: str):
     return None if graph.sign_mask is None else graph.sign_split(rows)
 
 
-def forward_messages(graph: GraphBatch, senders: int, receivers: int, pair_types: Types | None) -> Direction:
-    """Messages along the weights from the first ``senders`` nodes into the first ``receivers``.
+def forward_messages(graph: GraphBatch, senders: int, receivers: int, e: Rows, types: Types | None) -> Direction:
+    """Messages along the weights, of edge features e, from the first ``senders`` nodes into the first ``receivers``.
 
-    ``pair_types`` if edge features are factored by type.
+    ``types`` if edges have types.
     """
     plan = graph.plan
     edges = plan.edges_into(receivers)
     source, target = plan.index("source")[:edges], plan.index("target")[:edges]
     last = min(edges, plan.edges_into_class(LAST))
-    pairs = None if pair_types is None else sender_pairs(plan, senders, edges, last, *pair_types)
+    paired = isinstance(e, FactoredEdges) and e.types is not None
+    pairs = sender_pairs(plan, senders, edges, last, *types) if paired else None
+    inner = () if types is None else plan.inner_edges()
+    runs = tuple((first, length, types.num_first + layer - 1) for first, length, layer in inner)
     classes = RowClasses(last, edges - last, 0, _split(graph, "edges"))
-    return Direction(source, target, plan.target_ptr[: receivers + 1], None, classes, None, pairs)
+    return Direction(source, target, plan.target_ptr[: receivers + 1], None, classes, None, pairs, runs)
 
 
 def backward_messages(graph: GraphBatch, only_first: bool, ordered: bool) -> Direction:

@@ -28,9 +28,10 @@ from ..nn import (
     PositionalEncoding,
     SineUpdate,
     WorkPlan,
+    fused,
     set_work_plan,
 )
-from ..nn.rows import Rows, narrow, take
+from ..nn.rows import Rows, dense, narrow, take
 from ..nn.work import PlannedModule
 from .config import resolve
 from .memory import keeps_edges
@@ -59,10 +60,8 @@ class _Options:
         self.symmetrizes = gnn["sign_symmetrization"]
         self.layout = args["layer_layout"]
         self.types = Types(self.layout[0], len(self.layout) - 2)
-
-    def pair_types(self, e: Rows) -> Types | None:
-        """What numbers the (sender, type) pairs of factored edge features; None if they have one type or are dense."""
-        return self.types if isinstance(e, FactoredEdges) and e.types is not None else None
+        self.edge_types = self.types if args["edge_pos_embed"] else None
+        self.reads_edges_once = self.symmetry != "hetero" and args["bidirectional_edges"] != "carried"
 
     def is_last(self, index: int) -> bool:
         return index == self.num_layers - 1
@@ -270,7 +269,7 @@ class ForwardGnn(_Gnn):
         for index, layer in enumerate(self.fw_layers):
             remaining = options.num_layers - 1 - index
             receivers = plan.live_nodes(remaining) if shrinks else plan.num_nodes
-            edges = forward_messages(graph, x.shape[0], receivers, options.pair_types(e))
+            edges = forward_messages(graph, x.shape[0], receivers, e, options.edge_types)
             reads_p = options.gnn["pos_embed_msg"] and options.symmetry != "permutation"
             message_p = None
             if reads_p:
@@ -280,7 +279,9 @@ class ForwardGnn(_Gnn):
                 needed = plan.edges_into(plan.live_nodes(remaining - 1)) if shrinks else plan.num_edges
             nodes = node_classes(graph, x.shape[0])
             keep = keeps or options.is_last(index)
-            aggregated, updated_e = layer.aggregate(x, e, edges, message_p, update, needed, nodes, keep)
+            aggregated, updated_e = layer.aggregate(
+                x, e, edges, message_p, update, needed, nodes, keep, options.reads_edges_once
+            )
             e = e if updated_e is None else updated_e
             rows = node_classes(graph, receivers)
             update_p = narrow(p, 0, receivers) if options.gnn["pos_embed_upd"] else None
@@ -336,7 +337,7 @@ class BidirectionalGnn(_Gnn):
             keep = keeps or options.is_last(index)
             ends_only = self.reads_last_only and self.work.liveness and options.is_last(index)
             receivers = plan.num_last if ends_only else plan.num_nodes
-            along = forward_messages(graph, x.shape[0], receivers, options.pair_types(e))
+            along = forward_messages(graph, x.shape[0], receivers, e, options.edge_types)
             against_features = e if carried else back
             against = backward_messages(graph, ends_only, ordered=not carried)
             if ends_only and not carried:
@@ -355,8 +356,8 @@ class BidirectionalGnn(_Gnn):
                 if self.updates_back and not options.is_last(index):
                     back_update = self.bw_update_edge_attr_fn[index]
             classes, edges = node_classes(graph), plan.num_edges
-            before = e
-            from_inputs, e = self.fw_layers[index].aggregate(x, e, along, along_p, update, edges, classes, keep)
+            before, once = e, options.reads_edges_once
+            from_inputs, e = self.fw_layers[index].aggregate(x, e, along, along_p, update, edges, classes, keep, once)
             from_outputs, updated_back = self.bw_layers[index].aggregate(
                 x,
                 before if carried else against_features,
@@ -366,6 +367,7 @@ class BidirectionalGnn(_Gnn):
                 edges,
                 classes,
                 keep,
+                once,
             )
             e, back = before if e is None else e, back if updated_back is None else updated_back
             rows, update_p = node_classes(graph), p
@@ -504,7 +506,7 @@ class ScaleGMN(PlannedModule):
         return rows
 
     def _read_back(self, graph: GraphBatch, x: Tensor, e: Tensor):
-        parts = graph.with_features(x, e).to_weights()
+        parts = graph.with_features(x, dense(fused.written(e))).to_weights()
         single = isinstance(parts, tuple)
         scaled = [
             (

@@ -8,7 +8,19 @@ from torch import Tensor, nn
 
 from .equivariant import CANONICAL_EPS, SymmetryPair
 from .mlp import Mlp
-from .rows import GatheredRows, RowClasses, Rows, TracedRows, add, by_symmetry, dense, linear, multiply
+from .rows import (
+    FactoredEdges,
+    GatedEdges,
+    GatheredRows,
+    RowClasses,
+    Rows,
+    TracedRows,
+    add,
+    by_symmetry,
+    dense,
+    linear,
+    multiply,
+)
 
 
 class EdgeUpdate(SymmetryPair):
@@ -40,20 +52,23 @@ class EdgeUpdate(SymmetryPair):
             self.W = nn.Linear(d_in, d_out, bias=False)
         self.add_layers(d_in, d_out, mlp_args, symmetry, sign_symmetrization, eps, final_mlp=False)
 
-    def forward(self, x: Tensor, e: Rows, source: Tensor, target: Tensor, classes: RowClasses | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, e: Rows, source: Tensor, target: Tensor, classes: RowClasses | None = None
+    ) -> Tensor | GatedEdges:
         """New edge features [E, d_out] from node features x [N, d], edge features e [E, d] and their ends, int64 [E].
 
-        ``classes`` are the nodes' (needed for ``hetero`` only).
+        ``classes`` are the nodes' (needed for ``hetero`` only). Those of `FactoredEdges` may be `GatedEdges`.
         """
         if self.symmetry == "permutation":
             return self.phi(e, self._gathered(x, source), self._gathered(x, target))
         if self.work.hoist:
             canonical = self._canonical(x, classes)
-            gate = self.phi(GatheredRows(canonical, source), GatheredRows(canonical, target))
+            ends = [GatheredRows(canonical, index) for index in (source, target)]
         else:
             ends = [self._canonical(x[index], classes, index) for index in (source, target)]
-            gate = self.phi(*ends)
-        return linear(e, self.W.weight) * gate
+        if self.composes(e) and e.types is None:
+            return self._gated(e, self.phi.first(*ends))
+        return linear(e, self.W.weight) * self.phi(*ends)
 
     def ends(self, x: Tensor, source: Tensor, target: Tensor, classes: RowClasses | None) -> tuple[GatheredRows, ...]:
         """What an edge's update reads of its ends: rows of node tables, for `trace`."""
@@ -71,7 +86,22 @@ class EdgeUpdate(SymmetryPair):
         rows = [e._replace(form=end) for end in ends]
         if self.symmetry == "permutation":
             return self.phi(e, *rows)
+        if self.composes(e.form) and e.form.types is None:
+            return e._replace(form=self._gated(e.form, add(*rows)))
         return multiply(linear(e, self.W.weight), self.phi.after_first(add(*rows)))
+
+    def composes(self, e: Rows) -> bool:
+        """Whether linear maps of the new features of e are composed with phi's last one (identity *across*).
+
+        Those of edges of several types are so in programs alone, where a section has one type.
+        """
+        plain = self.symmetry != "permutation" and self.phi.ends_linear
+        return self.work.across and plain and isinstance(e, FactoredEdges) and e.is_scalar()
+
+    def _gated(self, e: FactoredEdges, z: Tensor | TracedRows) -> GatedEdges:
+        hidden, last = self.phi.before_last(z), self.phi.fc[-1]
+        hidden = hidden.value() if isinstance(hidden, TracedRows) else hidden
+        return GatedEdges(hidden, last.weight, last.bias, e.mapped(self.W.weight))
 
     def drops(self) -> bool:
         """Whether the update draws dropout masks."""

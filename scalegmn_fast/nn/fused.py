@@ -18,36 +18,52 @@ from .rows import FactoredEdges, GatheredRows, RowClasses, Rows, TracedRows, Upd
 from .work import PlannedModule, WorkPlan
 
 CLASS_NAMES = ("last", "hidden", "first")
+_SERVED = (WorkPlan(), WorkPlan(across=False))
 
 
 def serves(module: PlannedModule, x: Tensor) -> bool:
     """Whether an engine of `row_program` runs the module on tensors like x."""
-    return module.work == WorkPlan() and backends.fuses(x)
+    return module.work in _SERVED and backends.fuses(x)
 
 
-def _sections(program: RowProgram, classes: RowClasses, cut: int) -> Iterator[tuple[SectionWriter, dict, bool]]:
-    """Sections of the classes that have rows, cut at row ``cut``: (section, context of its rows, whether before it).
+def _sections(
+    program: RowProgram, classes: RowClasses, cut: int, runs: tuple = ()
+) -> Iterator[tuple[SectionWriter, dict, bool, int | None]]:
+    """Sections of the classes that have rows, cut at row ``cut`` and at the ends of ``runs`` (`Direction.runs`).
 
-    One without rows if no class has any, so that parameters get zero gradients.
+    Gives (section, context of its rows, whether before the cut, edge type of its run or None). One without rows if no
+    class has any, so that parameters get zero gradients.
     """
     present = [name for name in CLASS_NAMES if classes.range_of(name)[1]] or ["hidden"]
     absent = tuple(name for name in CLASS_NAMES if name not in present)
     for name in present:
         start, length = classes.range_of(name)
-        stop = start + length
-        middle = min(max(cut, start), stop)
-        for begin, end, before in ((start, middle, True), (middle, stop, False)):
-            if end > begin or (before and not length):
-                yield program.section(end - begin), {"row_class": name, "absent": absent}, before
-                absent = ()
+        for low, high, kind in _pieces(start, start + length, runs):
+            middle = min(max(cut, low), high)
+            for begin, end, before in ((low, middle, True), (middle, high, False)):
+                if end > begin or (before and not length):
+                    yield program.section(end - begin), {"row_class": name, "absent": absent}, before, kind
+                    absent = ()
 
 
-def _read_edges(section: SectionWriter, context: dict, e: Rows, order: Tensor | None) -> TracedRows:
-    """Edge features of a section's rows; factored ones stay factored."""
+def _pieces(start: int, stop: int, runs: tuple) -> Iterator[tuple[int, int, int | None]]:
+    """(first row, end, type) of the parts of a range inside of the runs, and with type None of those between them."""
+    for first, length, kind in runs:
+        low, high = (min(max(bound, start), stop) for bound in (first, first + length))
+        yield start, low, None
+        yield low, high, kind
+        start = high
+    yield start, stop, None
+
+
+def _read_edges(
+    section: SectionWriter, context: dict, e: Rows, order: Tensor | None, kind: int | None = None
+) -> TracedRows:
+    """Edge features of a section's rows, of layer-0 type ``kind`` if they have one; factored ones stay factored."""
     if isinstance(e, UpdatedEdges):
-        return e.update.trace(_read_edges(section, context, e.base, order), e.ends)
+        return e.update.trace(_read_edges(section, context, e.base, order, kind), e.ends)
     if isinstance(e, FactoredEdges):
-        return TracedRows(section, e, **context)
+        return TracedRows(section, e if kind is None else e.of_type(kind), **context)
     return TracedRows(section, section.load(e, order), **context)
 
 
@@ -80,9 +96,10 @@ def messages(
     """
     program = RowProgram()
     e, order = _ordered(e, edges.order)
-    for section, context, before in _sections(program, edges.classes, updated_rows):
+    runs = edges.runs if isinstance(e, UpdatedEdges) else ()
+    for section, context, before, kind in _sections(program, edges.classes, updated_rows, runs):
         context["symmetry"] = symmetry
-        rows = _read_edges(section, context, e, order)
+        rows = _read_edges(section, context, e, order, kind)
         section.add_up(body(rows).value())
         if update is not None and before:
             section.write(update(rows).value())
@@ -119,7 +136,7 @@ def net(module: PlannedModule, x: Tensor, extra: GatheredRows | None, classes: R
 
 def _net(module, x, extra, classes: RowClasses, order: Tensor | None, symmetry: str | None) -> Tensor:
     program = RowProgram()
-    for section, context, _ in _sections(program, classes, x.shape[0]):
+    for section, context, *_ in _sections(program, classes, x.shape[0]):
         context["symmetry"] = symmetry
         rows = TracedRows(section, section.load(x, order), **context)
         p = None if extra is None else TracedRows(section, extra, **context)
@@ -152,4 +169,5 @@ def subset_direction(edges, classes: RowClasses, side: int):
         classes=subset(classes, side),
         pairs=pairs,
         sender_split=None,
+        runs=(),
     ), rows

@@ -45,6 +45,7 @@ class Direction(NamedTuple):
         sender_split: for `CarriedMessage` and ``hetero``: `RowSplit` of the messages by the sender's sign mask.
         pairs: (node int64 [P], type int64 [P], index int64 [M]), the (sender, edge type) pair of each message, for
             typed factored edge features; None writes those out.
+        runs: (first message, messages, edge type) of ranges of messages along edges of one type, in order, where known.
     """
 
     sender: Tensor
@@ -54,6 +55,7 @@ class Direction(NamedTuple):
     classes: RowClasses
     sender_split: object | None = None
     pairs: tuple[Tensor, Tensor, Tensor] | None = None
+    runs: tuple[tuple[int, int, int], ...] = ()
 
 
 class Message(PlannedModule):
@@ -75,6 +77,7 @@ class Message(PlannedModule):
         updated_rows: int = 0,
         nodes=None,
         keep: bool = True,
+        read_once: bool = False,
     ) -> tuple[Tensor, Rows | None]:
         """Aggregated messages [T, d_hid], and updated edge features [updated_rows, d_out] (None without an update).
 
@@ -87,7 +90,9 @@ class Message(PlannedModule):
             updated_rows: how many of them, from the first, are updated.
             nodes: `RowClasses` of the nodes, for the update.
             keep: write updated features out; otherwise whoever reads them computes them again (`UpdatedEdges`), where
-                messages run fused and the update draws no dropout.
+                messages run fused and the update draws no dropout. Those that their readers compose linear maps with
+                (`EdgeUpdate.composes`) are not written out either.
+            read_once: one program alone reads the updated features, so that they may draw their dropout in it.
         """
         count = edges.sender.shape[0]
         updated_rows = 0 if update is None else updated_rows
@@ -104,11 +109,12 @@ class Message(PlannedModule):
         trace = later = None
         if update is not None:
             ends = update.ends(x, edges.sender, edges.receiver, nodes)
-            if keep or update.drops():
-                trace = partial(update.trace, ends=ends)
-            else:
+            composes, drops = update.composes(e), update.drops()
+            if (composes and (read_once or not drops)) or not (keep or drops):
                 ends = tuple(narrow(end, 0, updated_rows) for end in ends)
                 later = UpdatedEdges(narrow(e, 0, updated_rows), update, ends)
+            else:
+                trace = partial(update.trace, ends=ends)
         symmetric = self.symmetric_rows(edges)
         if symmetric is None:
             sums, written = fused.messages(self.body(x, e, edges, p), e, edges, trace, updated_rows)

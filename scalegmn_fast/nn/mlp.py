@@ -82,13 +82,24 @@ class Mlp(PlannedModule):
 
     def after_first(self, z: Tensor) -> Tensor:
         """Everything after the first linear layer."""
-        before = None
-        for index in range(len(self.fc)):
-            if index:
-                z = linear(before, self.fc[index].weight, self.fc[index].bias)
-            x = z if index == len(self.fc) - 1 else self._between(z, index)
-            before = add(x, before) if self.skip and index else x
-        return norm_act(before, None, self.final_activation, self.w0)
+        if len(self.fc) > 1:
+            before = self.before_last(z)
+            z = linear(before, self.fc[-1].weight, self.fc[-1].bias)
+            z = add(z, before) if self.skip else z
+        return norm_act(z, None, self.final_activation, self.w0)
+
+    def before_last(self, z: Tensor) -> Tensor:
+        """What the last linear layer reads, from what the first one gave."""
+        before = self._between(z, 0)
+        for index in range(1, len(self.fc) - 1):
+            x = self._between(linear(before, self.fc[index].weight, self.fc[index].bias), index)
+            before = add(x, before) if self.skip else x
+        return before
+
+    @property
+    def ends_linear(self) -> bool:
+        """Whether the mlp is the last linear layer of `before_last`, and nothing after."""
+        return len(self.fc) > 1 and not self.skip and self.final_activation == "identity"
 
     def _between(self, z: Tensor, index: int) -> Tensor:
         norm = None if self.ln is None else self.ln[index]
@@ -102,7 +113,7 @@ class Mlp(PlannedModule):
         With one hidden layer the first linear map runs once and the last is left to the reader. Batch normalisation
         acts on the two halves apart, so with it both run; dropout does too, behind the shared first map.
         """
-        plain = len(self.fc) == 2 and not self.skip and self.final_activation == "identity"
+        plain = len(self.fc) == 2 and self.ends_linear
         if self.bn is not None or not plain or not self.work.share:
             return add(self(rows), self(negate(rows)))
         first, last = self.fc

@@ -45,6 +45,38 @@ class FactoredEdges(NamedTuple):
     offsets: Tensor | None
     types: Tensor | None
 
+    def is_scalar(self) -> bool:
+        """Whether a row is its one number times the vector of its type."""
+        return self.weights.shape[1] == 1 and self.offsets is None
+
+    def mapped(self, weight: Tensor, bias: Tensor | None = None) -> FactoredEdges:
+        """``rows @ weight.T + bias``."""
+        offsets = bias if self.offsets is None else F.linear(self.offsets, weight, bias)
+        return self._replace(maps=weight @ self.maps, offsets=offsets)
+
+    def of_type(self, kind: int) -> FactoredEdges:
+        """The rows as those of one type."""
+        offsets = None if self.offsets is None else self.offsets[kind : kind + 1]
+        return self._replace(maps=self.maps[kind : kind + 1], offsets=offsets, types=None)
+
+
+class GatedEdges(NamedTuple):
+    """Edge features ``(hidden @ weight.T + bias) * base``, the linear layer not yet applied.
+
+    hidden [R, k] (a step's value inside of a program); weight [d, k]; bias [d] or None; base: scalar, of one type.
+    A row of the base is a number times a vector, so a linear map of the rows is one of ``hidden``, times that number.
+    """
+
+    hidden: Tensor | Value
+    weight: Tensor
+    bias: Tensor | None
+    base: FactoredEdges
+
+    def composed(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a linear map of the rows as a map of ``hidden``, but for the number of each row."""
+        scaled = weight * self.base.maps[0, :, 0]
+        return scaled @ self.weight, None if self.bias is None else F.linear(self.bias, scaled)
+
 
 class UpdatedEdges(NamedTuple):
     """Edge features that are not written out: ``update.trace(base, ends)``, computed again by whoever reads them.
@@ -60,13 +92,13 @@ class UpdatedEdges(NamedTuple):
 class TracedRows(NamedTuple):
     """Rows of a section of a `row_program`.
 
-    form: a step's value, or rows that are still to be read: gathered rows or factored edges, over the program's rows.
+    form: a step's value, or rows that are still to be read: gathered rows or edges, over the program's rows.
     row_class: their class; absent: classes without rows anywhere, whose branches still have to get zero gradients.
     symmetry: for ``hetero`` "sign" or "scale".
     """
 
     section: SectionWriter
-    form: Value | GatheredRows | FactoredEdges
+    form: Value | GatheredRows | FactoredEdges | GatedEdges
     row_class: str = "hidden"
     absent: tuple[str, ...] = ()
     symmetry: str | None = None
@@ -79,6 +111,9 @@ class TracedRows(NamedTuple):
         if isinstance(form, GatheredRows):
             rows = section.load(form.table, form.index)
             return rows if form.scale is None else section.scale(rows, form.scale)
+        if isinstance(form, GatedEdges):
+            gate = section.linear(form.hidden, form.weight, form.bias)
+            return section.mul(self._replace(form=form.base).value(), gate)
         if form.types is None:
             offsets = form.offsets
             rows = section.load(form.weights)
@@ -95,9 +130,10 @@ class TracedRows(NamedTuple):
     def linear(self, weight: Tensor, bias: Tensor | None) -> TracedRows:
         form = self.form
         if isinstance(form, FactoredEdges):
-            offsets = bias if form.offsets is None else F.linear(form.offsets, weight, bias)
-            mapped = FactoredEdges(form.weights, weight @ form.maps, offsets, form.types)
-            return self._replace(form=self._replace(form=mapped).value())
+            return self._replace(form=self._replace(form=form.mapped(weight, bias)).value())
+        if isinstance(form, GatedEdges):
+            mapped = self.section.scale(self.section.linear(form.hidden, *form.composed(weight)), form.base.weights)
+            return self._replace(form=mapped if bias is None else self.section.add_vector(mapped, bias))
         if isinstance(form, GatheredRows) and self.section.rows >= form.table.shape[0]:
             scaled_bias = bias is not None and form.scale is not None
             table = F.linear(form.table, weight, None if scaled_bias else bias)
@@ -106,7 +142,7 @@ class TracedRows(NamedTuple):
         return self._replace(form=self.section.linear(self.value(), weight, bias))
 
 
-Rows = Tensor | GatheredRows | MappedRows | FactoredEdges | UpdatedEdges | TracedRows
+Rows = Tensor | GatheredRows | MappedRows | FactoredEdges | GatedEdges | UpdatedEdges | TracedRows
 
 
 def count(rows: Rows) -> int:
@@ -149,9 +185,10 @@ def linear(rows: Rows, weight: Tensor, bias: Tensor | None = None) -> Tensor | T
             return linear(dense(rows), weight, bias)
         composed = rows.bias if rows.bias is None else F.linear(rows.bias, weight, bias)
         return linear(rows.hidden, weight @ rows.weight, bias if composed is None else composed)
-    maps = weight @ rows.maps
-    offsets = bias if rows.offsets is None else F.linear(rows.offsets, weight, bias)
-    return _apply_maps(rows.weights, maps, offsets, rows.types)
+    if isinstance(rows, GatedEdges):
+        out = rows.base.weights * F.linear(rows.hidden, *rows.composed(weight))
+        return out if bias is None else out + bias
+    return dense(rows.mapped(weight, bias))
 
 
 def _surely(condition: bool) -> bool:
@@ -172,6 +209,8 @@ def dense(rows: Rows) -> Tensor | TracedRows:
         return gathered if rows.scale is None else rows.scale * gathered
     if isinstance(rows, MappedRows):
         return linear(rows.hidden, rows.weight, rows.bias)
+    if isinstance(rows, GatedEdges):
+        return dense(rows.base) * F.linear(rows.hidden, rows.weight, rows.bias)
     return _apply_maps(rows.weights, rows.maps, rows.offsets, rows.types)
 
 
@@ -278,6 +317,8 @@ def _map(rows: Rows, fn) -> Rows:
         return MappedRows(fn(rows.hidden), rows.weight, rows.bias)
     if isinstance(rows, UpdatedEdges):
         return rows._replace(base=_map(rows.base, fn), ends=tuple(_map(end, fn) for end in rows.ends))
+    if isinstance(rows, GatedEdges):
+        return rows._replace(hidden=fn(rows.hidden), base=_map(rows.base, fn))
     return FactoredEdges(fn(rows.weights), rows.maps, rows.offsets, None if rows.types is None else fn(rows.types))
 
 

@@ -18,8 +18,10 @@ class WorkPlan:
         low_rank: layer-0 edge features stay factored as ``map @ weight`` (off: [E, d] from the start).
         share: ``rho(x) + rho(-x)`` runs rho's first linear map once.
         compose: two linear maps with nothing between them become one.
-        fuse: where a `row_program` engine serves the tensors (on a GPU where it is chosen) and all of the above are on,
-            messages, edge updates and node updates run as programs, tile by tile.
+        across: with one number per weight, the last linear map of the first edge update's mlp is composed with the
+            linear maps that read its edges in the next round (off: it runs, and the edges are written).
+        fuse: where a `row_program` engine serves the tensors (on a GPU where it is chosen) and all of the above but
+            ``across`` are on, messages, edge updates and node updates run as programs, tile by tile.
     """
 
     partition: bool = True
@@ -28,12 +30,13 @@ class WorkPlan:
     low_rank: bool = True
     share: bool = True
     compose: bool = True
+    across: bool = True
     fuse: bool = True
 
     @classmethod
     def none(cls) -> WorkPlan:
         """Every identity off: the computation as the paper writes it."""
-        return cls(False, False, False, False, False, False, False)
+        return cls(False, False, False, False, False, False, False, False)
 
 
 class PlannedModule(nn.Module):

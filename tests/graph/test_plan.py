@@ -200,6 +200,19 @@ def test_types_number_neurons_and_layers():
     assert GraphPlan.from_layout((2, 3), 1).edge_types(2, 0).tolist() == [0, 1] * 3
 
 
+def test_inner_edges_leave_one_hidden_layer():
+    plan = GraphPlan.from_layout((2, 3, 4, 5, 2), 2)
+    assert plan.inner_edges() == ((20, 40, 2), (60, 24, 1))  # (outputs, then) 4 -> 5, 3 -> 4; not 2 -> 3
+    for start, count, layer in plan.inner_edges():
+        assert set(plan.node_layer[plan.index("source")[start : start + count]].tolist()) == {layer}
+    # one edge from the output: 3 of layer 2, and 6 of layer 1; two: 4 of layer 1 alone, and inputs
+    deep, shallow = GraphPlan.from_layout((2, 4, 3, 3), 1), GraphPlan.from_layout((2, 6, 3), 1)
+    assert deep.inner_edges() == ((9, 12, 1),)
+    assert GraphPlan.cat([deep, shallow]).inner_edges() == ()
+    irregular, _, _ = GraphPlan.from_edges([[0, 1, 2, 0], [1, 2, 3, 3]], 4)
+    assert irregular.inner_edges() == ()
+
+
 def test_cached_index_tensors():
     plan = GraphPlan.from_layout((2, 4, 1), 3)
     assert plan.index("source").dtype == torch.int64

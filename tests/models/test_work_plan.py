@@ -1,6 +1,7 @@
 """Each exact identity of the plan of work changes nothing but the cost."""
 
 from dataclasses import fields, replace
+from itertools import chain
 
 import pytest
 import torch
@@ -10,10 +11,15 @@ from scalegmn_fast.graph import GraphBatch
 from scalegmn_fast.models import ScaleGMNConfig, from_config, published_config, published_names
 from scalegmn_fast.nn import WorkPlan, set_work_plan
 from scalegmn_fast.ops.row_program import RowProgram
+from scalegmn_fast.reference.row_program import sections
 from scalegmn_fast.testing import random_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:not exactly equivariant", "ignore:d_hid and dropout_all")
 IDENTITIES = [item.name for item in fields(WorkPlan)]
+CARRIED = {"symmetry": "scale", "direction": "bidirectional", "bidirectional_edges": "carried"}
+RECIPROCAL = {**CARRIED, "bidirectional_edges": "reciprocal"}
+SUMMED = {"sections": {"positional_encodings": {"sum_pos_enc": True}}}
+DEPTHS = ([2, 5, 4, 4, 3], [2, 4, 3, 3], [2, 6, 3])
 
 
 def small_model(name):
@@ -97,13 +103,80 @@ def test_row_programs_change_nothing(name, monkeypatch):
     run = RowProgram.run
     monkeypatch.setattr(RowProgram, "run", lambda self, ptr=None: calls.append(self) or run(self, ptr))
     with backend("cpp"):
-        found = outputs_and_gradients(model, WorkPlan())
+        found = [outputs_and_gradients(model, WorkPlan())]
+        assert calls
+        calls.clear()
+        found.append(outputs_and_gradients(model, WorkPlan(across=False)))
         assert calls
         calls.clear()
         outputs_and_gradients(model, replace(WorkPlan(), fuse=False))
         assert not calls
     scale = max(float(value.detach().abs().max()) for value in expected)
-    assert all(float((a - b).detach().abs().max()) <= 1e-11 * scale for a, b in zip(found, expected, strict=True))
+    for values in found:
+        assert all(float((a - b).detach().abs().max()) <= 1e-11 * scale for a, b in zip(values, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["mnist_cls/scalegmn", "cifar_inr_cls/scalegmn"], ids=["edge_types", "one_edge_type"])
+def test_the_first_edge_update_leaves_its_last_map_to_the_next_round(name, monkeypatch):
+    """One product per edge fewer in rounds 1 and 2, where all edges of a section have one type, and no edge written."""
+    model = small_model(name)
+    weights, biases = random_network(model.options.layout, 2, dtype=torch.float64)
+    graph = GraphBatch.from_weights(weights, biases)
+    shape, programs = (model.options.d_hid,) * 2, []
+    run = RowProgram.run
+    monkeypatch.setattr(RowProgram, "run", lambda self, ptr=None: programs.append((self, ptr)) or run(self, ptr))
+    written, products = {}, {}
+    for across in (False, True):
+        programs.clear()
+        set_work_plan(model, WorkPlan(across=across))
+        model(graph)
+        of_edges = []
+        for program, ptr in programs:
+            tensors, _, *described = program.arguments(ptr)[:5]
+            if ptr is not None:
+                of_edges.append([(section, tensors) for section in sections(*described)])
+        written[across] = sum(section.end - section.begin for section, _ in of_edges[0] if section.rows >= 0)
+        products[across] = sum(
+            section.end - section.begin
+            for section, tensors in chain(*of_edges)
+            for step in section.steps
+            if step.op == "linear" and tensors[step.t0].shape == shape
+        )
+    edges, typed = graph.plan.num_edges, model.options.edge_types is not None
+    composed = sum(count for _, count, _ in graph.plan.inner_edges()) if typed else edges
+    assert written == {False: edges, True: 0}
+    assert products[False] - products[True] == composed > 0
+
+
+@pytest.mark.parametrize("options", [{}, CARRIED, RECIPROCAL, SUMMED], ids=["sign", "carried", "reciprocal", "added"])
+@pytest.mark.parametrize("mode", ["store", "recompute"])
+def test_batches_of_several_depths_with_edge_types(options, mode):
+    """Blocks of edges whose sources are of one layer in one network and of another in the next have no one type."""
+    config = ScaleGMNConfig([2, 5, 4, 4, 3], num_layers=4, d_hid=6, edge_pos_embed=True, **options)
+    model = from_config(config).double().eval()
+    model.gnn.edge_memory = mode
+    generator = torch.Generator().manual_seed(0)
+    parts = [random_network(layout, 2, generator=generator, dtype=torch.float64) for layout in DEPTHS]
+    batch = GraphBatch.cat([GraphBatch.from_weights(*part) for part in parts])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for work in (WorkPlan.none(), WorkPlan(), replace(WorkPlan(), fuse=False)):
+        set_work_plan(model, work)
+        out = model(batch)
+        found.append([out, *torch.autograd.grad(out.square().sum(), parameters)])
+    for values in found[1:]:
+        for actual, wanted in zip(values, found[0], strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_a_single_round_returns_updated_edges(direction):
+    model = from_config(ScaleGMNConfig([2, 5, 4, 3], equivariant=True, direction=direction, num_layers=1, d_hid=6))
+    model.double().eval()
+    expected = outputs_and_gradients(model, WorkPlan.none())
+    for work in (WorkPlan(), replace(WorkPlan(), fuse=False)):
+        for actual, wanted in zip(outputs_and_gradients(model, work), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", published_names())
@@ -170,6 +243,21 @@ def test_dropout_inside_row_programs_follows_the_seed():
     first, again, other = run(0), run(0), run(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "read_once"), [({}, True), (RECIPROCAL, True), (CARRIED, False)], ids=["sign", "reciprocal", "carried"]
+)
+def test_edges_that_draw_dropout_are_written_unless_read_once(options, read_once, monkeypatch):
+    """Two programs that compute the same edges would draw two masks."""
+    args = {"sections": {"mlp_args": {"dropout": 0.5}}, "num_layers": 3, "d_hid": 6, **options}
+    model = from_config(ScaleGMNConfig([2, 5, 4, 3], **args)).train()
+    weights, biases = random_network([2, 5, 4, 3], 2, dtype=torch.float32)
+    programs, run = [], RowProgram.run
+    monkeypatch.setattr(RowProgram, "run", lambda self, ptr=None: programs.append((self, ptr)) or run(self, ptr))
+    model(GraphBatch.from_weights(weights, biases))
+    first = next(program for program, ptr in programs if ptr is not None)
+    assert all((section.written < 0) is read_once for section in first.sections)
 
 
 @pytest.mark.parametrize("symmetry", ["sign", "scale"])
