@@ -17,7 +17,8 @@ from torch import Tensor
 from .. import backends
 from ..graph.pairs import NodePairs, RowPairs
 from ..ops.row_program import RowProgram, SectionWriter
-from .rows import GatheredRows, TracedRows, add, concat, dropout, linear, multiply, norm_act
+from .recompute import Tables
+from .rows import GatheredRows, TracedRows, add, add_vector, concat, dropout, linear, multiply, norm_act
 
 #: Activations that programs have under the name that Neural Graphs configurations give them.
 ACTIVATIONS = ("identity", "relu", "elu", "silu", "gelu", "tanh", "sigmoid")
@@ -32,6 +33,14 @@ def _activated(rows: TracedRows, name: str) -> TracedRows:
     return norm_act(rows, None, name, 1.0)
 
 
+def mapped_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``"""
+    program = RowProgram()
+    section = program.section(rows.shape[0])
+    section.write(section.linear(section.load(rows), weight, bias))
+    return program.run()[1]
+
+
 def _mapped(rows: TracedRows, weight: Tensor, bias: Tensor | None = None) -> TracedRows:
     """A linear map within the program, of table rows too: the engine maps each row once per tile."""
     return rows._replace(form=rows.section.linear(rows.value(), weight, bias))
@@ -40,11 +49,13 @@ def _mapped(rows: TracedRows, weight: Tensor, bias: Tensor | None = None) -> Tra
 # -- messages of the graph network ------------------------------------------------------------------------------------
 
 
-def edge_mlp(e: TracedRows, module, x: Tensor, source: Tensor, target: Tensor) -> TracedRows:
+def edge_mlp(e: TracedRows, module, x: Tensor, source: Tensor, target: Tensor, tables: Tables) -> TracedRows:
     """`EdgeUpdateMlp` on the rows of a section."""
     hidden = linear(e, module.lin_e.weight, module.lin_e.bias)
     for layer, index in ((module.lin_s, source), (module.lin_t, target)):
-        hidden = add(hidden, e._replace(form=GatheredRows(F.linear(x, layer.weight, layer.bias), index)))
+        hidden = add(
+            hidden, e._replace(form=GatheredRows(tables.made(mapped_rows, x, layer.weight, layer.bias), index))
+        )
     return linear(_activated(hidden, module.act), module.lin1.weight, module.lin1.bias)
 
 
@@ -65,37 +76,41 @@ class EdgeState(NamedTuple):
             e = update(x, e, source, target)
         return e
 
-    def trace(self, section: SectionWriter, source: Tensor, target: Tensor) -> TracedRows:
+    def trace(self, section: SectionWriter, source: Tensor, target: Tensor, tables: Tables) -> TracedRows:
         """The features, updated, on the rows of a section."""
         rows = TracedRows(section, section.load(self.e))
         for update, x in self.updates:
-            rows = edge_mlp(rows, update, x, source, target)
+            rows = edge_mlp(rows, update, x, source, target, tables)
         return rows
 
 
 def message_statistics(
-    conv, state: EdgeState, edges, to_target: Tensor, to_source: Tensor, writes: int = 0, head=()
+    conv, x: Tensor, state: EdgeState, edges, rows: int, writes: int = 0, head=()
 ) -> tuple[Tensor, Tensor]:
     """(statistics [R, 4 F] of the messages per receiver, ``head`` of the first ``writes`` edges) of a `PnaConv`.
 
     Args:
         conv: the `PnaConv`, of one tower.
+        x: [N, F]; rows: R.
         state: the edge features, of the messages into the first R nodes or of more.
         edges: `MessageEdges` into the first R nodes.
-        to_target [R, F], to_source [N, F]: the halves of the first map of ``pre``, on nodes.
         writes: number of edges, all into some of the first nodes.
         head: modules as for `chain`.
     """
-    program, total = RowProgram(), edges.source.shape[0]
+    program, total, tables = RowProgram(), edges.source.shape[0], Tables()
+    weight, bias = conv.linear_maps(0)[0]
+    to_target = tables.made(mapped_rows, x[:rows], weight[:, : conv.width], bias)
+    to_source = tables.made(mapped_rows, x, weight[:, conv.width : 2 * conv.width])
     for count, written in ((writes, True), (total - writes, False)):
         if count == 0 and (written or writes):
             continue
         section = program.section(count)
-        read = state.trace(section, edges.source, edges.target)
+        read = state.trace(section, edges.source, edges.target, tables)
         if written:
             section.write(_chained(read, head).value())
         section.summarize(_message(conv, read, edges, to_target, to_source).value())
-    return program.run(edges.ptr.long())
+    with tables.forgotten():
+        return program.run(edges.ptr.long())
 
 
 def _message(conv, read: TracedRows, edges, to_target: Tensor, to_source: Tensor) -> TracedRows:
@@ -114,6 +129,42 @@ def _message(conv, read: TracedRows, edges, to_target: Tensor, to_source: Tensor
     if conv.modulation == "gate":
         return multiply(_activated(scale, "sigmoid"), h)
     return add(multiply(scale, h), linear(read, weight[width:], bias[width:]))
+
+
+def updated_nodes(conv, own: Tensor, parts: list[Tensor], scales: list[Tensor | None]) -> Tensor:
+    """``lin(post_nn(...))`` of a `PnaConv` of one tower: of [own, parts times each scale], never written side by side.
+
+    own, parts: [R, F]; scales: [R], or None for 1.
+    """
+    program = RowProgram()
+    section = program.section(own.shape[0])
+    first, *others = conv.post_nns[0]
+    rows, joined = (concat([TracedRows(section, section.load(t)) for t in given]) for given in ([own], parts))
+    weight, *weights = first.weight.split([own.shape[1], *[joined.form.width] * len(scales)], dim=1)
+    out = linear(rows, weight, first.bias)
+    for weight, scale in zip(weights, scales, strict=True):
+        mapped = linear(joined, weight)
+        if scale is not None:
+            mapped = mapped._replace(form=section.scale(mapped.value(), scale[:, None]))
+        out = add(out, mapped)
+    for layer in others:
+        out = linear(out, layer.weight, layer.bias) if isinstance(layer, torch.nn.Linear) else _activated(out, "relu")
+    section.write(linear(out, conv.lin.weight, conv.lin.bias).value())
+    return program.run()[1]
+
+
+def between_rounds(x: Tensor, norm, act: str, probability: float, training: bool) -> Tensor:
+    """``dropout(act(norm(x)))`` of nodes [N, d]; norm: a `NodeNorm` of scope "batch" or None."""
+    program = RowProgram()
+    section = program.section(x.shape[0])
+    rows = TracedRows(section, section.load(x))
+    if norm is not None:
+        factor = (x.std(correction=0) + norm.eps).reciprocal().expand(x.shape[1])
+        factor = factor if norm.weight is None else factor * norm.weight
+        rows = add_vector(rows, -x.mean().expand(x.shape[1]))
+        rows = linear(rows, factor.diag(), norm.bias)
+    section.write(dropout(_activated(rows, act), probability, training).value())
+    return program.run()[1]
 
 
 # -- attention over pairs ---------------------------------------------------------------------------------------------

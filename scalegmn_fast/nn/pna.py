@@ -152,31 +152,13 @@ class PnaConv(nn.Module):
         return out, EdgeState(fused_neural_graphs.chain(head, e[:writes])) if writes else state
 
     def _fused(self, x: Tensor, state: EdgeState, edges: MessageEdges, rows: int, writes: int, head):
-        width, (weight, bias) = self.width, self.linear_maps(0)[0]
-        to_target = F.linear(x[:rows], weight[:, :width], bias)
-        to_source = F.linear(x, weight[:, width : 2 * width])
-        statistics, written = fused_neural_graphs.message_statistics(
-            self, state, edges, to_target, to_source, writes, head
-        )
+        statistics, written = fused_neural_graphs.message_statistics(self, x, state, edges, rows, writes, head)
         degree = edges.ptr.diff().to(statistics.dtype)
         parts = aggregate_statistics(statistics, degree, self.aggregators)
         averages = (self.aggr_module.avg_deg_log, self.aggr_module.avg_deg_lin)
         scales = degree_scales(degree, self.scalers, *(average.to(statistics.dtype) for average in averages))
-        return self.lin(self._combined(x[:rows], parts, scales)), EdgeState(written) if writes else state
-
-    def _combined(self, own: Tensor, parts: list[Tensor], scales: list[Tensor | None]) -> Tensor:
-        """``post_nn`` of [own, parts times each scale]: its first map runs on each part."""
-        first, *others = self.post_nns[0]
-        weights = first.weight.split(self.width, dim=1)
-        out = F.linear(own, weights[0], first.bias)
-        mapped = 0
-        for number, part in enumerate(parts, start=1):
-            mapped = mapped + F.linear(part, torch.cat(weights[number :: len(parts)]))
-        for scale, one in zip(scales, mapped.chunk(len(scales), dim=1), strict=True):
-            out = out + (one if scale is None else scale[:, None] * one)
-        for module in others:
-            out = module(out)
-        return out
+        out = fused_neural_graphs.updated_nodes(self, x[:rows], parts, scales)
+        return out, EdgeState(written) if writes else state
 
 
 class EdgeUpdateMlp(nn.Module):
@@ -355,6 +337,14 @@ class Pna(nn.Module):
         return x, None if edge_head is None else state.e
 
     def _between(self, x: Tensor, index: int, plan: GraphPlan) -> Tensor:
+        norm = None if self.norms is None else self.norms[index]
+        if (
+            not self.act_first
+            and self.act in ACTIVATIONS
+            and (norm is None or norm.scope == "batch")
+            and fused_neural_graphs.serves(x)
+        ):
+            return fused_neural_graphs.between_rounds(x, norm, self.act, self.dropout, self.training)
         if self.act_first:
             x = activation(x, self.act)
         if self.norms is not None:

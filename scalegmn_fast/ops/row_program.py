@@ -164,6 +164,42 @@ library.register_autograd("row_program", _first_order, _save)
 library.register_autograd("row_program_backward", _second_order, _save_backward)
 
 
+class Operands:
+    """Tensors and indices of a program, by number. What writes a program holds these and not the program: a cycle of
+    references would keep them beyond the backward pass, until Python looks for cycles.
+    """
+
+    def __init__(self):
+        self.tensors: list[Tensor] = []
+        self.indices: list[Tensor] = []
+        self.masks = 0
+        self.casts: list[tuple[Tensor, Tensor]] = []
+
+    def tensor(self, tensor: Tensor) -> int:
+        """The number of a tensor among the op's."""
+        return _place(self.tensors, tensor)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """A table or weight as autocast has it: float32 becomes its lower precision."""
+        device = tensor.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if tensor.dtype != torch.float32 or not autocast:
+            return tensor
+        for given, cast in self.casts:
+            if given is tensor:
+                return cast
+        self.casts.append((tensor, tensor.to(torch.get_autocast_dtype(device))))
+        return self.casts[-1][1]
+
+    def index(self, index: Tensor) -> int:
+        """The number of an index among the op's."""
+        return _place(self.indices, index)
+
+    def next_mask(self) -> int:
+        self.masks += 1
+        return self.masks - 1
+
+
 class Value:
     """The result of a step: rows of a section."""
 
@@ -174,19 +210,19 @@ class Value:
 class SectionWriter:
     """The program of a range of rows. Each method adds a step and returns its `Value`; -1 and None: absent."""
 
-    def __init__(self, program: RowProgram, rows: int):
-        self.program, self.rows = program, rows
+    def __init__(self, operands: Operands, rows: int):
+        self.operands, self.rows = operands, rows
         self.code: list[int] = []
         self.constants: list[float] = []
         self.count = 0
-        self.loaded: dict[tuple[int, int], Value] = {}
+        self.loaded: dict[tuple[int, int], int] = {}
         self.reduction, self.reduced, self.logits, self.written = "none", -1, -1, -1
 
     def _step(self, op, width, a=None, b=None, tensors=(), index=None, activation="identity", p0=0.0, p1=0.0) -> Value:
-        numbers = [-1 if t is None else self.program.tensor(t) for t in tensors]
+        numbers = [-1 if t is None else self.operands.tensor(t) for t in tensors]
         numbers += [-1] * (3 - len(numbers))
         operands = [-1 if value is None else value.number for value in (a, b)]
-        place = -1 if index is None else self.program.index(index)
+        place = -1 if index is None else self.operands.index(index)
         self.code += [_CODES[op], *operands, *numbers, place, _ACTIVATION_CODES[activation]]
         self.constants += [float(p0), float(p1)]
         self.count += 1
@@ -194,27 +230,27 @@ class SectionWriter:
 
     def load(self, table: Tensor, index: Tensor | None = None) -> Value:
         """Rows of a table [*, d], by their numbers in the program or by index [R]."""
-        table = self.program.cast(table)
-        key = self.program.tensor(table), -1 if index is None else self.program.index(index)
+        table = self.operands.cast(table)
+        key = self.operands.tensor(table), -1 if index is None else self.operands.index(index)
         if key not in self.loaded:
-            self.loaded[key] = self._step("load", table.shape[1], tensors=(table,), index=index)
-        return self.loaded[key]
+            self.loaded[key] = self._step("load", table.shape[1], tensors=(table,), index=index).number
+        return Value(self, self.loaded[key], table.shape[1])
 
     def load_mul(self, a: Value, table: Tensor, index: Tensor | None = None) -> Value:
         """a times rows of a table."""
-        return self._step("load_mul", a.width, a, tensors=(self.program.cast(table),), index=index)
+        return self._step("load_mul", a.width, a, tensors=(self.operands.cast(table),), index=index)
 
     def load_add(self, a: Value, table: Tensor, index: Tensor | None = None) -> Value:
         """a plus rows of a table."""
-        return self._step("load_add", a.width, a, tensors=(self.program.cast(table),), index=index)
+        return self._step("load_add", a.width, a, tensors=(self.operands.cast(table),), index=index)
 
     def scale(self, a: Value, factors: Tensor, index: Tensor | None = None) -> Value:
         """a times a number per row, factors [*, 1]."""
-        return self._step("scale", a.width, a, tensors=(self.program.cast(factors),), index=index)
+        return self._step("scale", a.width, a, tensors=(self.operands.cast(factors),), index=index)
 
     def linear(self, a: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
         """``a @ weight.T + bias``."""
-        return self._step("linear", weight.shape[0], a, tensors=(self.program.cast(weight), bias))
+        return self._step("linear", weight.shape[0], a, tensors=(self.operands.cast(weight), bias))
 
     def add(self, a: Value, b: Value) -> Value:
         return self._step("add", a.width, a, b)
@@ -245,7 +281,7 @@ class SectionWriter:
         return self._step("normalize", a.width, a, p0=eps)
 
     def dropout(self, a: Value, probability: float) -> Value:
-        return self._step("dropout", a.width, a, p0=probability, p1=self.program.next_mask())
+        return self._step("dropout", a.width, a, p0=probability, p1=self.operands.next_mask())
 
     def concat(self, a: Value, b: Value) -> Value:
         return self._step("concat", a.width + b.width, a, b)
@@ -283,39 +319,12 @@ class RowProgram:
 
     def __init__(self):
         self.sections: list[SectionWriter] = []
-        self.tensors: list[Tensor] = []
-        self.indices: list[Tensor] = []
-        self.masks = 0
-        self.casts: list[tuple[Tensor, Tensor]] = []
+        self.operands = Operands()
 
     def section(self, rows: int) -> SectionWriter:
         """A new section of the next ``rows`` rows."""
-        self.sections.append(SectionWriter(self, rows))
+        self.sections.append(SectionWriter(self.operands, rows))
         return self.sections[-1]
-
-    def tensor(self, tensor: Tensor) -> int:
-        """The number of a tensor among the op's."""
-        return _place(self.tensors, tensor)
-
-    def cast(self, tensor: Tensor) -> Tensor:
-        """A table or weight as autocast has it: float32 becomes its lower precision."""
-        device = tensor.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if tensor.dtype != torch.float32 or not autocast:
-            return tensor
-        for given, cast in self.casts:
-            if given is tensor:
-                return cast
-        self.casts.append((tensor, tensor.to(torch.get_autocast_dtype(device))))
-        return self.casts[-1][1]
-
-    def index(self, index: Tensor) -> int:
-        """The number of an index among the op's."""
-        return _place(self.indices, index)
-
-    def next_mask(self) -> int:
-        self.masks += 1
-        return self.masks - 1
 
     def run(self, ptr: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(what is reduced [S, d], rows [R', d']); of no size where no section has them. ptr: int64 [S + 1]."""
@@ -331,10 +340,11 @@ class RowProgram:
             code += [section.count, section.written, REDUCTIONS.index(section.reduction)]
             code += [section.reduced, section.logits, *section.code]
             constants += section.constants
-        device = self.tensors[0].device
-        seed = torch.randint(0, 2**32, (2,), device=device) if self.masks else None
-        indices = self.indices or [torch.empty(0, dtype=torch.long, device=device)]
-        return self.tensors, indices, bounds, code, constants, ptr, seed
+        tensors, masks = self.operands.tensors, self.operands.masks
+        device = tensors[0].device
+        seed = torch.randint(0, 2**32, (2,), device=device) if masks else None
+        indices = self.operands.indices or [torch.empty(0, dtype=torch.long, device=device)]
+        return tensors, indices, bounds, code, constants, ptr, seed
 
 
 def row_program(program: RowProgram, ptr: Tensor | None = None) -> tuple[Tensor, Tensor]:

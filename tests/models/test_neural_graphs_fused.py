@@ -104,9 +104,10 @@ def test_second_derivatives():
 
 
 @pytest.mark.parametrize(("kind", "rounds"), [("gnn", 1), ("gnn_edit", 2), ("transformer", 0)])
-def test_what_a_forward_keeps(kind, rounds):
-    """Of edges the weights and what a round reads; of nodes four statistics at most side by side; nothing of pairs."""
+def test_what_a_forward_keeps(kind, rounds, monkeypatch):
+    """Of edges the weights and what a round reads; of nodes ten rows of floats a round; nothing of pairs."""
     model, graph, kept = model_of(kind, {}), batch_of(kind, torch.float32), {}
+    hooks = torch.autograd.graph.saved_tensors_hooks
 
     def pack(tensor):
         if tensor.is_floating_point() and tensor.dim() == 2:
@@ -114,11 +115,17 @@ def test_what_a_forward_keeps(kind, rounds):
             kept[storage.data_ptr()] = tensor, storage.nbytes() // tensor.element_size()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def also_packing(keep, give):
+        return hooks(lambda tensor: pack(found) if torch.is_tensor(found := keep(tensor)) else found, give)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", also_packing)
+    with hooks(pack, lambda tensor: tensor):
         model(graph)
     of_edges = [tuple(tensor.shape) for tensor, _ in kept.values() if tensor.shape[0] == graph.num_edges]
     inputs = [(graph.num_edges, 1)] if rounds else []
     assert sorted(of_edges) == [*inputs, *[(graph.num_edges, 8)] * rounds]
     of_nodes = [size for tensor, size in kept.values() if tensor.shape[0] == graph.num_nodes]
     assert max(of_nodes) <= 4 * 8 * graph.num_nodes
+    if rounds:
+        assert sum(of_nodes) < 10.5 * 8 * graph.num_nodes * (rounds + 1)
     assert max(size for _, size in kept.values()) < 6 * sum(sum(layout) ** 2 for layout in [LAYOUT] * 3)
