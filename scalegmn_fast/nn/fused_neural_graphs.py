@@ -34,7 +34,7 @@ def _activated(rows: TracedRows, name: str) -> TracedRows:
 
 
 def mapped_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``"""
+    """``rows @ weight.T + bias`` as a program, whose result is the engine's."""
     program = RowProgram()
     section = program.section(rows.shape[0])
     section.write(section.linear(section.load(rows), weight, bias))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def serves(x: Tensor) -> bool:
-    """Whether what is computed of x is made again: `torch.func` transforms, for one, allow no such thing."""
+    """Whether tables like x are made again: `torch.func` transforms, for one, allow no such thing."""
     return (
         x.device.type == "cpu"
         and torch.is_grad_enabled()

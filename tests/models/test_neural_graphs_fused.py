@@ -1,5 +1,8 @@
 """Neural Graphs as row programs: the same numbers as without, for every option, mixed architectures and dropout."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from neural_graphs_cases import LAYOUT, config_of
@@ -8,6 +11,7 @@ from test_neural_graphs_equivariance import CASES
 from scalegmn_fast import backend
 from scalegmn_fast.graph import GraphBatch, from_cnns
 from scalegmn_fast.models import from_config
+from scalegmn_fast.nn.recompute import Tables
 from scalegmn_fast.ops.row_program import RowProgram
 from scalegmn_fast.testing import assert_close_to_float64, random_cnn, random_network, randomize_parameters
 
@@ -129,3 +133,39 @@ def test_what_a_forward_keeps(kind, rounds, monkeypatch):
     if rounds:
         assert sum(of_nodes) < 10.5 * 8 * graph.num_nodes * (rounds + 1)
     assert max(size for _, size in kept.values()) < 6 * sum(sum(layout) ** 2 for layout in [LAYOUT] * 3)
+
+
+def test_edges_end_with_their_backward():
+    """No cycle of references keeps what a round read until Python's collector comes by."""
+    gc.disable()
+    try:
+        table = torch.rand(9, 4, requires_grad=True) * 1
+        program, ends = RowProgram(), weakref.ref(table)
+        section = program.section(9)
+        section.write(section.add(section.load(table), section.load(table)))
+        program.run()[1].sum().backward()
+        del program, section, table
+        assert ends() is None
+    finally:
+        gc.enable()
+
+
+def test_tables_that_are_made_again_know_their_arguments():
+    x = torch.rand(5, 4, requires_grad=True)
+    weight = torch.rand(3, 4, requires_grad=True)
+    for changes in (False, True):
+        tables, program = Tables(), RowProgram()
+        table = tables.made(torch.nn.functional.linear, x, weight)
+        assert tables.made(torch.nn.functional.linear, x, weight) is table
+        section = program.section(5)
+        section.write(section.mul(section.load(table), section.load(table)))
+        with tables.forgotten():
+            out = program.run()[1]
+        if not changes:
+            grads = torch.autograd.grad(out.sum(), [x, weight])
+            assert_equal(grads, torch.autograd.grad((x @ weight.t()).square().sum(), [x, weight]), tolerance=1e-6)
+            continue
+        with torch.no_grad():
+            weight.add_(1)
+        with pytest.raises(RuntimeError, match="modified in place"):
+            out.sum().backward()
