@@ -32,17 +32,17 @@ class Problem:
         args, data = config["scalegmn_args"], config["data"]
         d_e = args.get("_max_kernel_height", 1) * args.get("_max_kernel_width", 1)
         generator = torch.Generator().manual_seed(seed)
-        options = {"d_e": d_e, "generator": generator, "dtype": torch.float32}
+        drawn = {"generator": generator, "dtype": torch.float32}
         self.config, self.batch = config, batch
-        self.weights, self.biases = random_network(data["layer_layout"], batch, **options)
+        self.weights, self.biases = random_network(data["layer_layout"], batch, d_e=d_e, **drawn)
         self.weights[-1][..., 1:] = 0
         self.input_value = 1.0 if d_e == 1 else 0.0
         self.sign_mask = torch.arange(batch) % 2 == 0 if args["symmetry"] == "hetero" else None
         if args["equivariant"]:
             self.points = coordinates(*data["image_size"])
-            self.target = torch.rand(batch, len(self.points), data["layer_layout"][-1], generator=generator)
+            self.target = torch.rand(batch, len(self.points), data["layer_layout"][-1], **drawn)
         elif config["train_args"]["loss"] == "MSE":
-            self.target = torch.rand(batch, generator=generator)
+            self.target = torch.rand(batch, **drawn)
         else:
             self.target = torch.randint(args["readout_args"]["d_out"], (batch,), generator=generator)
 
@@ -72,13 +72,14 @@ class Problem:
         """Cross entropy, or mean squared error: of a score, or of the images that the edited INRs stand for."""
         if not isinstance(output, Tensor):
             weights, biases = (
-                [old + new.float() for old, new in zip(*pair, strict=True)]
+                [old + new.to(old.dtype) for old, new in zip(*pair, strict=True)]
                 for pair in ((self.weights, output[0]), (self.biases, output[1]))
             )
             return F.mse_loss(evaluate_inrs(weights, biases, self.points, output_offset=0.5), self.target)
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
         if self.target.is_floating_point():
-            return F.mse_loss(output.float().sigmoid().squeeze(-1), self.target)
-        return F.cross_entropy(output.float(), self.target)
+            return F.mse_loss(output.sigmoid().squeeze(-1), self.target)
+        return F.cross_entropy(output, self.target)
 
 
 class Training:

@@ -2,6 +2,8 @@
 
 import torch
 
+import scalegmn_fast
+
 
 def flat(out):
     """The tensors of a vector or of edited networks."""
@@ -30,4 +32,50 @@ def trajectory(model, loss_of, *, begin=lambda model: None, steps=20, lr=1e-3):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
         losses.append(loss.item())
-    return torch.tensor(losses)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+#: Largest relative difference of two trajectories where rounding does not explain more.
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
+#: How often as far as a rounded original ours may be where a trajectory is unstable: there distances grow many times
+#: over in a step, and three draws tell their order of magnitude.
+FACTOR = 10
+
+
+def rounds_weights(seed):
+    """``begin`` of a `trajectory` whose weights are moved by one rounding, up or down, before every step."""
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def move(model, inputs):
+        for parameter in model.parameters():
+            signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter) * 2 - 1
+            parameter.mul_(1 + torch.finfo(parameter.dtype).eps * signs)
+
+    return lambda model: model.register_forward_pre_hook(move)
+
+
+def distances(found, expected):
+    """Per step the largest difference so far, over the largest expected loss."""
+    return (found - expected).abs().cummax(0).values / expected.abs().max()
+
+
+def assert_same_trajectory(losses, dtype):
+    """Losses of 20 steps with the original's forward and with ours: the same to `TOLERANCES`.
+
+    Where they are not, as where a high rate at once makes training unstable: after every number of steps ours is at
+    most `FACTOR` times as far from the original as the original is from itself with weights rounded before every step.
+
+    Args:
+        losses: ``begin`` -> losses of the same model each time, after ``begin(model)``; see `trajectory`.
+    """
+    expected, found = losses(lambda model: None), losses(_accelerated)
+    assert expected[-1] != expected[0]
+    bound, distance = TOLERANCES[dtype], distances(found, expected)
+    if not distance[-1] <= bound:
+        rounded = torch.stack([distances(losses(rounds_weights(seed)), expected) for seed in range(3)])
+        assert (distance <= FACTOR * rounded.max(0).values.clamp(min=bound / FACTOR)).all(), (distance, rounded)
+
+
+def _accelerated(model):
+    assert scalegmn_fast.report(scalegmn_fast.accelerate(model)).parts[0].fused
