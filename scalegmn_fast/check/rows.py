@@ -32,6 +32,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
+        """Whether every quantity is within its bound and nothing went wrong."""
         return not self.note and all(error <= bound < math.inf for error, bound in self.quantities.values())
 
 
@@ -41,6 +42,7 @@ def error_units(value: Tensor, exact: Tensor) -> float:
 
 
 def worst(checks: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The (error, bound) pair of the largest share of its bound."""
     return max(checks, key=lambda check: check[0] / check[1] if check[1] < math.inf else math.inf)
 
 
@@ -59,11 +61,13 @@ QUANTITIES = ("output", "gradients", "equivariance")
 
 
 def header() -> str:
+    """The titles of the table's columns."""
     names = [name.ljust(width) for name, width in COLUMNS]
     return "  ".join([*names, *(f"{name} (bound)".ljust(17) for name in QUANTITIES), "result"])
 
 
 def line(row: Row) -> str:
+    """A row of the table."""
     values = (row.part, row.case, row.backend, row.device, row.dtype)
     cells = [value.ljust(width) for value, (_, width) in zip(values, COLUMNS, strict=True)]
     for name in QUANTITIES:

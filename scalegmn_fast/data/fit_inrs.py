@@ -74,6 +74,7 @@ class FitSettings:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
 
     def layout(self, channels: int) -> tuple[int, ...]:
+        """Layer sizes of the INRs of images with so many channels."""
         return (2, *self.hidden, channels)
 
     def chunk_size(self, pixels: int) -> int:
@@ -93,6 +94,7 @@ def _layer_slices(layout: Sequence[int]) -> list[tuple[slice, slice]]:
 
 
 def parameter_count(layout: Sequence[int]) -> int:
+    """Weights and biases of one network."""
     return _layer_slices(layout)[-1][1].stop
 
 

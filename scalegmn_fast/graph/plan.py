@@ -86,10 +86,12 @@ class GraphPlan:
 
     @property
     def num_nodes(self) -> int:
+        """Neurons of all networks, N."""
         return self.node_graph.shape[0]
 
     @property
     def num_edges(self) -> int:
+        """Weights of all networks, E."""
         return self.source.shape[0]
 
     def _count(self, node_class: int) -> int:
@@ -97,14 +99,17 @@ class GraphPlan:
 
     @property
     def num_last(self) -> int:
+        """Output neurons: rows [0, num_last)."""
         return self._count(LAST)
 
     @property
     def num_hidden(self) -> int:
+        """Hidden neurons: the rows after those."""
         return self._count(HIDDEN)
 
     @property
     def num_first(self) -> int:
+        """Input neurons: the last rows."""
         return self._count(FIRST)
 
     @property
@@ -114,6 +119,7 @@ class GraphPlan:
 
     @property
     def device(self) -> torch.device:
+        """Where the index tensors are."""
         return self.source.device
 
     # -- liveness ----------------------------------------------------------------------------------------------------

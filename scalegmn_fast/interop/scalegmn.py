@@ -68,6 +68,7 @@ class ScaleGMN(models.ScaleGMN):
         super().__init__(model_args)
 
     def forward(self, batch, w=None, b=None):
+        """[B, d_out], or (weights, biases); see the class."""
         try:
             return super().forward(graph_of(self, batch))
         except UnsupportedError as error:

@@ -267,10 +267,12 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
+        """That of the optimiser's first group, at the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def steps_per_epoch(self) -> int:
+        """Batches per epoch; the last one may be smaller."""
         return -(-len(self.splits["train"]) // self.config["batch_size"])
 
     def permutation(self, epoch: int) -> Tensor:

@@ -183,6 +183,7 @@ class TracedNetwork:
 
     @property
     def num_edges(self) -> int:
+        """Edges of the network's graph."""
         return self._graph.plan.num_edges
 
     def _grid(self) -> Grid:

@@ -37,6 +37,7 @@ class NeuronClass(NamedTuple):
 
     @property
     def is_fixed(self) -> bool:
+        """Whether the neurons have no symmetry, so that they keep their places."""
         return "fixed" in self.symmetry
 
 
