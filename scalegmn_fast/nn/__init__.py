@@ -10,7 +10,7 @@ from .pooling import NodePooling
 from .positional import GraphInit, PositionalEncoding
 from .readout import DeepSet, InvariantReadout
 from .relational_transformer import RelationalAttention, TransformerLayer
-from .rows import FactoredEdges, GatheredRows, MappedRows, RowClasses
+from .rows import FactoredEdges, GatedEdges, GatheredRows, MappedRows, RowClasses
 from .work import WorkPlan, set_work_plan
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "EquivariantMessage",
     "EquivariantNet",
     "FactoredEdges",
+    "GatedEdges",
     "GatheredRows",
     "GraphFeatures",
     "GraphInit",
