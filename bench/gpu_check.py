@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "gpu-check"
 #: Variable that tells a stage how long it may take.
 SECONDS = "GPU_CHECK_SECONDS"
+#: Where Triton, PyTorch's compiler and CUDA keep what they compiled; the stages share it.
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
 #: Exit status of a stage that has nothing to run here; its last line says why.
 LEFT_OUT = 77
 PASSED, FAILED, SKIPPED = "passed", "failed", "left out"
@@ -120,9 +122,13 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Variables of a stage: the repository is importable in whatever it starts, and output comes at once."""
+    """Variables of a stage: the repository is importable in whatever it starts, output comes at once.
+
+    What compilers keep lies here, unless a variable says otherwise: a home may not be written to.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    caches = {name: str(ROOT / "build" / "caches" / name.lower()) for name in CACHES}
+    return {**caches, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def run_stages(

@@ -234,11 +234,23 @@ def _attention(section, table, maps, vectors, source, target):
     section.attend(value, section.head_dot(query, key, 8, 0.25))
 
 
-ROW_PROGRAMS = {"message": _message, "attention": _attention}
+def _statistics(section, table, maps, vectors, source, target):
+    """An edge update and the statistics of messages that its edges modulate, as NG-GNN has them."""
+    e = section.load(table())
+    h = section.load_add(section.load_add(section.linear(e, maps(), vectors()), table(), source), table(), target)
+    e = section.linear(section.norm_act(h, None, None, "silu", 1.0), maps(), vectors())
+    section.write(e)
+    h = section.load_add(section.load(table(), target), table(), source)
+    h = section.linear(section.norm_act(h, None, None, "relu", 1.0), maps(), vectors())
+    scale, shift = section.linear(e, maps(), vectors()), section.linear(e, maps(), vectors())
+    section.summarize(section.add(section.mul(scale, h), shift))
 
 
-def row_section(name, direction, width, dtype, precision):
-    """The `row_program.Section` of one of `ROW_PROGRAMS`.
+ROW_PROGRAMS = {"message": _message, "attention": _attention, "statistics": _statistics}
+
+
+def row_section(name, direction, width, dtype, precision, architecture):
+    """The `row_program.Section` of one of `ROW_PROGRAMS`, as it runs on an architecture.
 
     direction: "forward" or "backward"; dtype: torch.float32 or torch.bfloat16, of tables and weights; precision: of
     float32 products.
@@ -251,7 +263,7 @@ def row_section(name, direction, width, dtype, precision):
     ROW_PROGRAMS[name](program.section(1), table, maps, vectors, source, target)
     tensors, indices, bounds, code, constants, *_ = program.arguments(torch.tensor([0, 1]))
     wanted = None if direction == "forward" else [True] * len(tensors)
-    return row_program.plan_of(tensors, indices, bounds, code, constants, wanted, precision)[0]
+    return row_program.plan_of(tensors, indices, bounds, code, constants, wanted, precision, architecture)[0]
 
 
 def compile_section(section, architecture):
@@ -283,8 +295,8 @@ def compile_merge(reduction, architecture):
 
 
 def row_usage(case, architecture):
-    """The `Usage` of each kernel of `row_section(*case)`."""
-    return [usage(kernel) for kernel in compile_section(row_section(*case), architecture)]
+    """The `Usage` of each kernel of `row_section(*case, architecture)`."""
+    return [usage(kernel) for kernel in compile_section(row_section(*case, architecture), architecture)]
 
 
 def _from_scratch(folder):

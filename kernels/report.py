@@ -33,6 +33,10 @@ ROW_CASES = (
     ("message", 64, torch.float32, "tf32"),
     ("attention", 64, torch.bfloat16, "ieee"),
     ("attention", 64, torch.float32, "tf32"),
+    ("statistics", 128, torch.bfloat16, "ieee"),
+    ("statistics", 128, torch.float32, "tf32"),
+    ("statistics", 64, torch.bfloat16, "ieee"),
+    ("statistics", 64, torch.float32, "tf32"),
 )
 
 INTRODUCTION = """# Triton kernels, compiled ahead of time
@@ -91,19 +95,17 @@ def row_table(jobs):
     """A Markdown table of the kernels of row programs: the most that one of a section's kernels needs."""
     cases = [(name, direction, *case) for name, *case in ROW_CASES for direction in ("forward", "backward")]
     usages = compile_all(cases, jobs, row_usage)
-    lines = ["| program | kernels | products | width | rows x warps | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES)]
-    lines[0] += " |"
-    lines.append("| --- " * (5 + len(ARCHITECTURES)) + "|")
+    lines = ["| program | kernels | products | width | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |"]
+    lines.append("| --- " * (4 + len(ARCHITECTURES)) + "|")
     for case in cases:
         name, direction, width, dtype, precision = case
-        section = row_section(*case)
-        cells = [name, f"{direction}, {len(section.source.kernels)}"]
+        cells = [name, f"{direction}, {len(usages[case, ARCHITECTURES[0]])}"]
         cells += ["bf16" if dtype == torch.bfloat16 else precision, str(width)]
-        cells.append(f"{section.tile.rows} x {section.tile.warps}")
         for architecture in ARCHITECTURES:
-            used = usages[case, architecture]
+            used, rows = usages[case, architecture], row_section(*case, architecture).tile.rows
             shared, spills = max(u.shared for u in used), [u.spills for u in used]
-            cells.append(f"{shared // 1024} KB, {max(spills)} B in {sum(spill > 0 for spill in spills)}")
+            spilled = f"{max(spills)} B in {sum(spill > 0 for spill in spills)}" if any(spills) else "no spills"
+            cells.append(f"{rows} rows, {shared // 1024} KB, {spilled}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -10,6 +10,7 @@ the sizes alone.
 """
 
 import functools
+import math
 import os
 from typing import NamedTuple
 
@@ -42,6 +43,9 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
     torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
+HOPPER, BLACKWELL = range(90, 100), range(100, 110)
+WARPS = 8
+ROWS = "SCALEGMN_FAST_TRITON_ROWS"
 PRECISION = "SCALEGMN_FAST_TRITON_DOT"
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
@@ -61,9 +65,37 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile_of(width, low_precision):
-    """The launch configuration of a section whose widest tile has `width` columns."""
-    return Tile(64 if low_precision and width <= 128 else 32, 8)
+def tile_of(size, low_precision, backward, architecture):
+    """The launch configuration of a section's kernels: as many rows as hardly spill (docs/gpu-engine.md).
+
+    size: the most numbers in a weight, or 64 times the columns of the widest tile if that is more; low_precision: all
+    weights are of two bytes; architecture: 10 times the compute capability.
+    """
+    if not low_precision:
+        return Tile(32 if size <= 64 * 128 else 16, WARPS)
+    if size > 128 * 128:
+        return Tile(16, WARPS)
+    if architecture in HOPPER or architecture in BLACKWELL:
+        return Tile(64, WARPS)
+    if size > 64 * 128:
+        return Tile(16 if backward else 32, WARPS)
+    return Tile(32 if backward else 64, WARPS)
+
+
+def pinned_rows():
+    """SCALEGMN_FAST_TRITON_ROWS: rows of every tile; None if it is not set."""
+    chosen = os.environ.get(ROWS)
+    if chosen and chosen not in ("16", "32", "64", "128"):
+        raise ValueError(f"{ROWS}: expected 16, 32, 64 or 128, got {chosen!r}")
+    return int(chosen) if chosen else None
+
+
+def architecture_of(device):
+    """10 times the compute capability of a GPU; of other devices, where nothing is launched, Hopper's."""
+    if device.type != "cuda":
+        return HOPPER[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def merge_constants(width, heads, acc):
@@ -150,11 +182,12 @@ def _weights(code, count):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(code, constants, count, operands, indices, wanted, precision):
+def plan(code, constants, count, operands, indices, wanted, precision, architecture, rows):
     """A `Section` per section of a program of `count` sections, None for one without outputs.
 
     operands: (dtype, shape) per tensor, the rows of tables None; indices: dtypes; wanted: whether each tensor's
-    gradient is, or None for the forward kernels. Raises `UnsupportedError`.
+    gradient is, or None for the forward kernels; architecture: as for `tile_of`; rows: `pinned_rows`. Raises
+    `UnsupportedError`.
     """
     acc = "tl.float64" if any(dtype == torch.float64 for dtype, _ in operands) else "tl.float32"
     result = TYPES[result_dtype([torch.empty(0, dtype=dtype) for dtype, _ in operands], code, count)]
@@ -170,8 +203,10 @@ def plan(code, constants, count, operands, indices, wanted, precision):
         parts = row_source.partitions(steps, shapes)
         if logits >= 0:
             row_source.heads_and_width(parts[reduced], parts[logits])
-        low = all(operands[step.t0][0].itemsize == 2 for step in steps if step.op == "linear")
-        tile = tile_of(max(map(row_source.columns, parts)), low)
+        weights = [operands[step.t0] for step in steps if step.op == "linear"]
+        low = all(dtype.itemsize == 2 for dtype, _ in weights)
+        size = max(64 * max(map(row_source.columns, parts)), *(math.prod(shape) for _, shape in weights), 0)
+        tile = Tile(rows, WARPS) if rows else tile_of(size, low, wanted is not None, architecture)
         request = Request(
             steps, written, reduced, logits, section.reduction,
             tuple(Operand(t, TYPES[operands[t][0]], shapes[t]) for t in numbers),
@@ -191,8 +226,8 @@ def _request(section):
     return None if section is None else section.request
 
 
-def plan_of(tensors, indices, bounds, code, constants, wanted=None, precision=None):
-    """`plan` for the op's arguments; precision: `dot_precision` if None."""
+def plan_of(tensors, indices, bounds, code, constants, wanted=None, precision=None, architecture=None):
+    """`plan` for the op's arguments; precision, architecture: `dot_precision` and the tensors' device's if None."""
     code, count = tuple(code), len(bounds) - 1
     weights = _weights(code, count)
     operands = tuple(
@@ -201,7 +236,9 @@ def plan_of(tensors, indices, bounds, code, constants, wanted=None, precision=No
     )
     dtypes = tuple(index.dtype for index in indices)
     wanted = None if wanted is None else tuple(wanted)
-    return plan(code, tuple(constants), count, operands, dtypes, wanted, precision or dot_precision())
+    architecture = architecture or architecture_of(tensors[0].device)
+    settings = precision or dot_precision(), architecture, pinned_rows()
+    return plan(code, tuple(constants), count, operands, dtypes, wanted, *settings)
 
 
 def why_not(tensors, indices, bounds, code, constants):

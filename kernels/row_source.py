@@ -542,12 +542,12 @@ class _Backward(_Writer):
         self.grads[number] = names if known is None else self.each("{} + {}", known, names)
 
     def parameter(self, tensor, size):
-        """(place of the gradient of a parameter, whether this is its first contribution in a tile)."""
+        """(place of the gradient of a parameter, `_add`'s fresh: None after the first contribution in a tile)."""
         first = tensor not in self.parameters
         if first:
             self.parameters[tensor] = (self.slot_size, size)
             self.slot_size += size
-        return f"slot + {self.parameters[tensor][0]}", "fresh" if first else "first_tile < 0"
+        return f"slot + {self.parameters[tensor][0]}", "fresh" if first else "None"
 
     def give_vector(self, tensor, number, grads):
         if tensor not in self.wanted:

@@ -122,8 +122,13 @@ def add_vector_gradient(to, fresh, grad, FIRST: tl.constexpr, COUNT: tl.constexp
 
 @triton.jit
 def _add(at, value, mask, fresh):
+    """Adds to numbers that this program alone writes. fresh: there are none yet; None: this tile has written them."""
+    if fresh is None:
+        tl.debug_barrier()
+        before = tl.load(at, mask=mask, other=0.0)
+    else:
+        before = tl.where(fresh, 0.0, tl.load(at, mask=mask, other=0.0))
     # Several threads may hold the same number: all have read it before one writes.
-    before = tl.where(fresh, 0.0, tl.load(at, mask=mask, other=0.0))
     tl.debug_barrier()
     tl.store(at, before + value, mask=mask)
 

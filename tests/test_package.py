@@ -88,18 +88,37 @@ def test_cuda_kernels_are_in_the_module():
             assert listing.count(f"sm_{number}.ptx") >= stems, (arch, listing)
 
 
-def test_cuda_kernels_multiply_offsets_in_64_bits():
-    """A product of 32 bits in a kernel would be an offset that wraps beyond 2^31 elements; dropout's hash has two."""
+@pytest.fixture(scope="module")
+def kernels_ptx():
+    """{kernel: its PTX}"""
     if not compiled().build_info()["cuda_archs"]:
         pytest.skip("the module was built where nvcc was absent: it holds no CUDA kernels to look at")
     command = [cuobjdump(), "--dump-ptx", compiled().__file__]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kernels = re.findall(r"\.entry (\S+?)\((.*?)^\}", listing, re.M | re.S)
-    assert len(kernels) == listing.count(".entry ") > 0
-    for name, body in kernels:
+    parts = [re.split(r"^\.(?:visible|weak|func)\b", part, flags=re.M)[0] for part in listing.split(".entry ")[1:]]
+    assert parts
+    return {part.split("(")[0]: part for part in parts}
+
+
+def test_cuda_kernels_multiply_offsets_in_64_bits(kernels_ptx):
+    """A product of 32 bits in a kernel would be an offset that wraps beyond 2^31 elements; dropout's hash has two."""
+    for name, body in kernels_ptx.items():
         factors = re.findall(r"\b(?:mul|mad)\.lo\.[us]32\b.*, (\S+);", body)
         assert set(factors) <= {"2146121005", "-2073254261"}, name
         assert re.search(r"\b(?:mul|mad)\.(?:lo\.[us]64|wide\.[us]32)\b", body), name
+
+
+def test_cuda_kernels_hardly_spill(kernels_ptx):
+    """A thread's stack holds an array for sine's argument reduction, for float64 the frame of a call, little else."""
+    command = [cuobjdump(), "--dump-resource-usage", compiled().__file__]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", usage)
+    assert {name for name, _ in used} == kernels_ptx.keys()
+    for name, stack in used:
+        body = kernels_ptx[name]
+        arrays = sum(map(int, re.findall(r"\.local\b.*\[(\d+)\];", body)))
+        frame = 40 if re.search(r"^\s*call\b", body, re.M) else 0
+        assert int(stack) <= arrays + frame + 20, name
 
 
 def test_every_op_is_registered_for_both_devices():

@@ -69,6 +69,14 @@ def test_the_whole_has_a_limit_too(tmp_path):
     assert gpu_check.run_stages([stage("c", say)], 0.5, tmp_path)[0].detail == "no time left"
 
 
+def test_compilers_keep_their_files_in_the_tree_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("CUDA_CACHE_PATH", "/elsewhere")
+    say = "import os; print(os.environ['CUDA_CACHE_PATH'], os.environ['TRITON_CACHE_DIR'])"
+    (result,) = gpu_check.run_stages([stage("a", say)], 60, tmp_path)
+    assert result.detail == f"/elsewhere {ROOT}/build/caches/triton_cache_dir"
+
+
 def test_results_that_cannot_be_saved_stop_nothing(tmp_path):
     def full(result):
         raise OSError("no space left")

@@ -11,6 +11,8 @@ pytest.importorskip("triton")
 
 from scalegmn_fast.kernels import compile as aot  # noqa: E402
 from scalegmn_fast.kernels import row_program, segment_reduce, symmetrize  # noqa: E402
+from scalegmn_fast.ops.row_program import RowProgram  # noqa: E402
+from scalegmn_fast.reference.row_program import OPERATIONS, sections  # noqa: E402
 
 # The fixture that compiles counts towards the first test that uses it.
 pytestmark = pytest.mark.timeout(600)
@@ -77,7 +79,7 @@ def test_the_page_in_docs_lists_every_build():
 def row_kernels():
     """The kernels of the programs of the report at width 64 in bfloat16, forward and backward, for sm_90."""
     cases = itertools.product(aot.ROW_PROGRAMS, ("forward", "backward"))
-    sections = [aot.row_section(*case, 64, torch.bfloat16, "ieee") for case in cases]
+    sections = [aot.row_section(*case, 64, torch.bfloat16, "ieee", 90) for case in cases]
     return [kernel for section in sections for kernel in aot.compile_section(section, 90)]
 
 
@@ -85,6 +87,52 @@ def test_row_programs_fit_into_shared_memory_and_hardly_spill(row_kernels):
     for kernel in row_kernels:
         used = aot.usage(kernel)
         assert used.spills <= 64 and used.shared <= aot.SHARED_MEMORY[90]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_widest_published_message_hardly_spills_on_the_oldest_architecture(direction):
+    for used in aot.row_usage(("message", direction, 128, torch.bfloat16, "ieee"), 80):
+        assert used.spills <= 64 and used.shared <= aot.SHARED_MEMORY[80]
+
+
+def test_rows_of_a_tile_can_be_pinned(monkeypatch):
+    monkeypatch.setenv(row_program.ROWS, "128")
+    assert aot.row_section("message", "forward", 32, torch.float32, "tf32", 90).tile.rows == 128
+    monkeypatch.setenv(row_program.ROWS, "48")
+    with pytest.raises(ValueError, match=f"{row_program.ROWS}: expected 16, 32, 64 or 128, got '48'"):
+        row_program.pinned_rows()
+
+
+def every_operation(width, dtype):
+    """Arguments of a program with every operation."""
+    table, index = torch.empty(3, width, dtype=dtype), torch.empty(3, dtype=torch.int64)
+    weight, vector, factors = torch.empty(width, width, dtype=dtype), torch.empty(width), torch.empty(3, 1)
+    program = RowProgram()
+    s = program.section(3)
+    x = s.add_vector(s.load_mul(s.load(table), table, index), vector)
+    x = s.scale(s.normalize(s.negate(x), 1e-10), factors, index.int())
+    x = s.mul(s.abs(x), s.symmetrize(x, vector, vector, vector, "sine", 30.0))
+    x = s.norm_act(s.linear(x, weight), vector, vector, "gelu", 1.0)
+    x = s.dropout(s.load_add(x, table, index), 0.25)
+    joined = s.concat(s.linear(x, weight, vector), x)
+    x = s.add(s.linear(joined, torch.empty(width, 2 * width, dtype=dtype)), x)
+    s.write(x)
+    s.attend(x, s.head_dot(x, x, 1, 0.5))
+    return program.arguments(torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize(
+    "width,dtype,architecture,backward",
+    [(33, torch.float32, 80, True), (130, torch.float16, 90, False), (16, torch.bfloat16, 100, True)],
+)
+def test_every_operation_compiles(width, dtype, architecture, backward):
+    """Triton's interpreter accepts more than its compiler does: types, shapes of products, what is known when."""
+    tensors, indices, bounds, code, constants, *_ = every_operation(width, dtype)
+    assert {step.op for section in sections(bounds, code, constants) for step in section.steps} == set(OPERATIONS)
+    for wanted in (None, [True] * len(tensors)) if backward else (None,):
+        (section,) = row_program.plan_of(tensors, indices, bounds, code, constants, wanted, "tf32x3", architecture)
+        for kernel in aot.compile_section(section, architecture):
+            assert aot.usage(kernel).shared <= aot.SHARED_MEMORY[architecture]
 
 
 @pytest.mark.parametrize("reduction", list(row_program.MERGES))
@@ -99,11 +147,34 @@ def test_row_offsets_of_row_programs_are_64_bit(row_kernels):
     assert any(re.search(r"arith\.muli .* : tensor<\d+x1xi64>", kernel.asm["ttir"]) for kernel in row_kernels)
     for kernel in row_kernels:
         ttir = kernel.asm["ttir"]
-        assert "arith.trunci" not in ttir
+        for name in re.findall(r"(%\S+) = arith\.trunci", ttir):  # the rows of extremes are kept in 32 bits
+            assert not re.search(rf"(?:addptr|muli|addi) [^:]*{name}\b", ttir)
         ranges = set(re.findall(r"(%\S+) = tt\.make_range", ttir))
         places = {name for name, of in re.findall(r"(%\S+) = tt\.expand_dims (%\S+) ", ttir) if of in ranges}
         small = re.findall(r"arith\.muli (%[^,]+), .* : tensor<[\dx]+xi32>", ttir)
         assert set(small) <= places
+
+
+def read_after_written(ttir):
+    """Pointers that a kernel reads after it wrote there, with no barrier between: another thread may have written."""
+    written, found = set(), []
+    for line in ttir.splitlines():
+        if "barrier" in line.split("loc(")[0]:
+            written.clear()
+        elif stored := re.search(r"tt\.store (%\w+)", line):
+            written.add(stored[1])
+        elif (loaded := re.search(r"tt\.load (%\w+)", line)) and loaded[1] in written:
+            found.append(loaded[1])
+    return found
+
+
+def test_what_a_row_program_reads_again_is_behind_a_barrier(row_kernels):
+    """Triton's interpreter runs one thread. Gradients of a norm that is read twice are added up in one kernel."""
+    again = 0
+    for kernel in row_kernels:
+        assert read_after_written(kernel.asm["ttir"]) == []
+        again += len(read_after_written(kernel.asm["ttir"].replace("barrier", "")))
+    assert again > 0
 
 
 ROW_KERNELS = [b for b in CONFIGURATIONS if b.cols == 128 and b.kernel != "merge_kernel"]

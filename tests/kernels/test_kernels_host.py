@@ -9,12 +9,17 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction, KernelInterface  # noqa: E402
 
 from bench import compare_neural_graphs  # noqa: E402
 from bench.training import Problem  # noqa: E402
 from scalegmn_fast import backend  # noqa: E402
+from scalegmn_fast.kernels import compile as aot  # noqa: E402
+from scalegmn_fast.kernels import row_program  # noqa: E402
 from scalegmn_fast.models import from_config, neural_graphs_config, published_config, published_names  # noqa: E402
+from scalegmn_fast.ops.row_program import RowProgram  # noqa: E402
 from scalegmn_fast.testing import Dispatched  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not exactly equivariant", "ignore:.*override other keys")
@@ -40,6 +45,56 @@ def launches(monkeypatch):
     monkeypatch.setattr("scalegmn_fast.backends.why_not", lambda *_: None)
     with backend("triton"):
         yield found
+
+
+class Hopper:
+    """A stand-in for Triton's driver of a GPU: enough to compile for it."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Names of kernels, each compiled as its launch on a GPU would compile it: types and constants of the arguments."""
+    found = []
+
+    def launcher(kernel: JITFunction, grid):
+        def compile_it(*args, **named):
+            found.append(kernel.run(*args, grid=grid, warmup=True, **named).metadata.name)
+
+        return compile_it
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", launcher)
+    driver.set_active(Hopper())
+    yield found
+    driver.set_active(None)  # the machine's own, looked for when it is needed
+
+
+def test_what_a_launch_compiles(compilations):
+    """Numbers have other types there than ahead of time, and a kernel whose arguments do not fit is refused."""
+    program = RowProgram()
+    aot.ROW_PROGRAMS["statistics"](
+        program.section(200),
+        lambda: torch.empty(200, 16, device="meta"),
+        lambda: torch.empty(16, 16, device="meta"),
+        lambda: torch.empty(16, device="meta"),
+        *(torch.empty(200, dtype=torch.int64, device="meta") for _ in range(2)),
+    )
+    arguments = program.arguments(torch.empty(7, dtype=torch.int64, device="meta"))
+    tensors = arguments[0]
+    reduced, rows, *kept = row_program.row_program(*arguments)
+    grads = torch.empty_like(reduced), torch.empty_like(rows)
+    found = row_program.row_program_backward(*grads, reduced, *kept, *arguments, [True] * len(tensors))
+    assert [grad.shape for grad in found] == [tensor.shape for tensor in tensors]
+    assert compilations[:3] == ["forward_kernel", "merge_statistics_kernel", "stage0_kernel"]
+    assert compilations[-1] == "segments_kernel"
 
 
 def on_meta(value):
