@@ -65,11 +65,13 @@ class Tables:
         if not self._made or not serves(next(iter(self._made.values()))[0]):
             return nullcontext()
         recipes = {
-            table.data_ptr(): _Recipe.of(table, key[0], arguments) for key, (table, arguments) in self._made.items()
+            (table.data_ptr(), table.shape): _Recipe.of(table, key[0], arguments)
+            for key, (table, arguments) in self._made.items()
+            if table.numel()
         }
 
         def keep(tensor: Tensor) -> Tensor | _Recipe:
-            return recipes.get(tensor.data_ptr(), tensor)
+            return recipes.get((tensor.data_ptr(), tensor.shape), tensor)
 
         def give(kept: Tensor | _Recipe) -> Tensor:
             return kept.again() if isinstance(kept, _Recipe) else kept
