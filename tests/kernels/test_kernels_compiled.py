@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from scalegmn_fast.kernels import compile as aot  # noqa: E402
 from scalegmn_fast.kernels import row_program, segment_reduce, symmetrize  # noqa: E402
+
 from scalegmn_fast.ops.row_program import RowProgram  # noqa: E402
 from scalegmn_fast.reference.row_program import OPERATIONS, sections  # noqa: E402
 

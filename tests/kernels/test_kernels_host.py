@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from scalegmn_fast.kernels import compile as aot  # noqa: E402
+from scalegmn_fast.kernels import row_program  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction, KernelInterface  # noqa: E402
@@ -16,8 +18,6 @@ from triton.runtime.jit import JITFunction, KernelInterface  # noqa: E402
 from bench import compare_neural_graphs  # noqa: E402
 from bench.training import Problem  # noqa: E402
 from scalegmn_fast import backend  # noqa: E402
-from scalegmn_fast.kernels import compile as aot  # noqa: E402
-from scalegmn_fast.kernels import row_program  # noqa: E402
 from scalegmn_fast.models import from_config, neural_graphs_config, published_config, published_names  # noqa: E402
 from scalegmn_fast.ops.row_program import RowProgram  # noqa: E402
 from scalegmn_fast.testing import Dispatched  # noqa: E402
