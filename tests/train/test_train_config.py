@@ -55,7 +55,7 @@ def test_overrides_are_read_as_yaml():
     ("scalegmn_args.d_hidden=8", "unknown key 'scalegmn_args.d_hidden'.*'scalegmn_args.d_hid'"),
     ("scalegmn_args.gnn_args.agregator=max", "nearest valid key is 'scalegmn_args.gnn_args.aggregator'"),
     ("scalegmn_args.mlp_arg.skip=true", "unknown key 'scalegmn_args.mlp_arg'.*'scalegmn_args.mlp_args'"),
-    ("scalegmn_args.quantise=true", "unknown key 'scalegmn_args.quantise'.*valid keys: .*num_layers"),
+    ("scalegmn_args.xyz=true", "unknown key 'scalegmn_args.xyz'.*valid keys: .*num_layers"),
 ])  # fmt: skip
 def test_bad_overrides(override, message):
     pytest.importorskip("yaml")
