@@ -19,7 +19,7 @@ import triton
 
 from scalegmn_fast.reference.row_program import result_dtype, sections
 
-from . import row_reductions, row_source
+from . import row_reductions, row_source, tuning
 from .row_source import Operand, Request, UnsupportedError
 from .segment_reduce import segment_reduce
 from .sorted_index import sorted_index
@@ -82,12 +82,12 @@ def tile_of(size, low_precision, backward, architecture):
     return Tile(32 if backward else 64, WARPS)
 
 
-def pinned_rows():
-    """SCALEGMN_FAST_TRITON_ROWS: rows of every tile; None if it is not set."""
+def pinned_tile():
+    """The tile of every section with as many rows as SCALEGMN_FAST_TRITON_ROWS says; None if it is not set."""
     chosen = os.environ.get(ROWS)
     if chosen and chosen not in ("16", "32", "64", "128"):
         raise ValueError(f"{ROWS}: expected 16, 32, 64 or 128, got {chosen!r}")
-    return int(chosen) if chosen else None
+    return Tile(int(chosen), WARPS) if chosen else None
 
 
 def architecture_of(device):
@@ -182,12 +182,12 @@ def _weights(code, count):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(code, constants, count, operands, indices, wanted, precision, architecture, rows):
+def plan(code, constants, count, operands, indices, wanted, precision, architecture, pinned):
     """A `Section` per section of a program of `count` sections, None for one without outputs.
 
     operands: (dtype, shape) per tensor, the rows of tables None; indices: dtypes; wanted: whether each tensor's
-    gradient is, or None for the forward kernels; architecture: as for `tile_of`; rows: `pinned_rows`. Raises
-    `UnsupportedError`.
+    gradient is, or None for the forward kernels; architecture: as for `tile_of`; pinned: the tile of all
+    sections, or None. Raises `UnsupportedError`.
     """
     acc = "tl.float64" if any(dtype == torch.float64 for dtype, _ in operands) else "tl.float32"
     result = TYPES[result_dtype([torch.empty(0, dtype=dtype) for dtype, _ in operands], code, count)]
@@ -206,7 +206,7 @@ def plan(code, constants, count, operands, indices, wanted, precision, architect
         weights = [operands[step.t0] for step in steps if step.op == "linear"]
         low = all(dtype.itemsize == 2 for dtype, _ in weights)
         size = max(64 * max(map(row_source.columns, parts)), *(math.prod(shape) for _, shape in weights), 0)
-        tile = Tile(rows, WARPS) if rows else tile_of(size, low, wanted is not None, architecture)
+        tile = pinned or tile_of(size, low, wanted is not None, architecture)
         request = Request(
             steps, written, reduced, logits, section.reduction,
             tuple(Operand(t, TYPES[operands[t][0]], shapes[t]) for t in numbers),
@@ -226,8 +226,11 @@ def _request(section):
     return None if section is None else section.request
 
 
-def plan_of(tensors, indices, bounds, code, constants, wanted=None, precision=None, architecture=None):
-    """`plan` for the op's arguments; precision, architecture: `dot_precision` and the tensors' device's if None."""
+def plan_of(tensors, indices, bounds, code, constants, wanted=None, precision=None, architecture=None, tile=None):
+    """`plan` for the op's arguments.
+
+    precision, architecture, tile: `dot_precision`, the tensors' device's and `pinned_tile` if None.
+    """
     code, count = tuple(code), len(bounds) - 1
     weights = _weights(code, count)
     operands = tuple(
@@ -237,7 +240,7 @@ def plan_of(tensors, indices, bounds, code, constants, wanted=None, precision=No
     dtypes = tuple(index.dtype for index in indices)
     wanted = None if wanted is None else tuple(wanted)
     architecture = architecture or architecture_of(tensors[0].device)
-    settings = precision or dot_precision(), architecture, pinned_rows()
+    settings = precision or dot_precision(), architecture, tile or pinned_tile()
     return plan(code, tuple(constants), count, operands, dtypes, wanted, *settings)
 
 
@@ -256,14 +259,29 @@ def options(section):
 
 
 def _launch(section, programs, named):
+    """The kernels of a section, launched in turn."""
     arguments = [named[name] for name, _ in section.source.arguments]
-    for kernel in row_source.compiled(section.source):
-        kernel[(programs,)](*arguments, **options(section))
+    kernels = row_source.compiled(section.source)
+    return [kernel[(programs,)](*arguments, **options(section)) for kernel in kernels]
+
+
+def _run(run, planned, arguments, wanted=None):
+    """The first of what `run(plan)` gives, the other being the kernels it launched; in tuned tiles where asked for.
+
+    planned: `plan_of(*arguments, wanted)`.
+    """
+    (like, *_), _, bounds, *_ = arguments
+    with torch.cuda.device_of(like):
+        if tuning.asked() and not pinned_tile():
+            plan_in = functools.partial(plan_of, *arguments, wanted)
+            planned = tuning.tuned(planned, bounds, like.device, plan_in, lambda planned: run(planned)[1])
+        return run(planned)[0]
 
 
 def _named(tensors, indices, ptr, seed):
+    """The inputs of kernels by name."""
     named = {f"t{k}": t for k, t in enumerate(tensors)} | {f"i{k}": t for k, t in enumerate(indices)}
-    named |= {"ptr": ptr, "seed": seed}
+    named |= {"ptr": None if ptr is None else ptr.contiguous(), "seed": seed}
     if ptr is not None:
         named |= {"segments": ptr.numel() - 1, "steps": (ptr.numel() - 1).bit_length()}
     return named
@@ -285,11 +303,16 @@ def row_program(tensors, indices, bounds, code, constants, ptr, seed):
     `UnsupportedError`. Does not wait for the device, and does not look at indices and segments, which have to be in
     range.
     """
-    planned = plan_of(tensors, indices, bounds, code, constants)
-    tensors, indices = _contiguous(tensors), _contiguous(indices)
-    ptr = None if ptr is None else ptr.contiguous()
-    like, dtype, wide = tensors[0], result_dtype(tensors, code, len(bounds) - 1), _wide(tensors)
-    named = _named(tensors, indices, ptr, seed)
+    arguments = tensors, indices, bounds, code, constants
+    planned = plan_of(*arguments)
+    named = _named(_contiguous(tensors), _contiguous(indices), ptr, seed)
+    dtype, wide = result_dtype(tensors, code, len(bounds) - 1), _wide(tensors)
+    run = functools.partial(_forward, bounds=bounds, like=tensors[0], named=named, dtype=dtype, wide=wide)
+    return _run(run, planned, arguments)
+
+
+def _forward(planned, bounds, like, named, dtype, wide):
+    """(what the op returns, the kernels launched) for a plan; named: the kernels' arguments but for outputs."""
     written_width = max((section.written_width for section in planned if section), default=0)
     ends = zip(planned, bounds[1:], strict=True)
     rows = max((end for section, end in ends if section and section.written_width), default=0)
@@ -297,17 +320,17 @@ def row_program(tensors, indices, bounds, code, constants, ptr, seed):
         triton.cdiv(end - begin, section.tile.rows) if section else 0
         for section, begin, end in zip(planned, bounds[:-1], bounds[1:], strict=True)
     ]
-    reduction = Reduction(planned, counts, like, ptr, dtype, wide)
-    named |= {"rows_out": like.new_empty((rows, written_width), dtype=dtype)} | reduction.names
-    with torch.cuda.device_of(like):
-        first = 0
-        for section, count, begin, end in zip(planned, counts, bounds[:-1], bounds[1:], strict=True):
-            if count:
-                _launch(section, count, named | {"begin": begin, "end": end, "first_tile": first})
-            first += count
-        reduction.merge()
+    reduction = Reduction(planned, counts, like, named["ptr"], dtype, wide)
+    written = like.new_empty((rows, written_width), dtype=dtype)
+    named = named | {"rows_out": written} | reduction.names
+    kernels, first = [], 0
+    for section, count, begin, end in zip(planned, counts, bounds[:-1], bounds[1:], strict=True):
+        if count:
+            kernels += _launch(section, count, named | {"begin": begin, "end": end, "first_tile": first})
+        first += count
+    reduction.merge()
     reduced, kept, extremes = reduction.results()
-    return reduced, named["rows_out"], kept, extremes
+    return (reduced, written, kept, extremes), kernels
 
 
 class _Gradients:
@@ -396,31 +419,38 @@ def row_program_backward(
     Args: the op's; kept and extremes as the forward pass gave them. Returns the gradients of the wanted tensors, each
     in its own dtype, and empty tensors of shape [0] for the others. As `row_program` otherwise.
     """
-    planned = plan_of(tensors, indices, bounds, code, constants, wanted)
+    arguments = tensors, indices, bounds, code, constants
+    planned = plan_of(*arguments, wanted)
     tensors, indices = _contiguous(tensors), _contiguous(indices)
-    wide, like = _wide(tensors), tensors[0]
-    dtype = result_dtype(tensors, code, len(bounds) - 1)
-    named = _named(tensors, indices, None if ptr is None else ptr.contiguous(), seed)
+    wide, dtype = _wide(tensors), result_dtype(tensors, code, len(bounds) - 1)
+    named = _named(tensors, indices, ptr, seed)
     heads = max((section.heads for section in planned if section), default=0)
     if heads:
         along = grad_reduced.to(wide) * reduced.to(wide)
         named["along"] = along.view(along.shape[0], heads, -1).sum(2)
     named |= {"kept_stats": kept.contiguous(), "extremes": extremes.contiguous()}
     named |= {"grad_rows": grad_rows.to(dtype).contiguous(), "grad_reduced": grad_reduced.to(dtype).contiguous()}
-    gradients = _Gradients(tensors, indices, bounds, planned, wide)
-    with torch.cuda.device_of(like):
-        for section, begin, end in zip(planned, bounds[:-1], bounds[1:], strict=True):
-            if section is None or begin == end or not section.request.wanted:
-                continue
-            source = section.source
-            programs = min(PROGRAMS, triton.cdiv(end - begin, section.tile.rows))
-            slots = like.new_empty((programs, source.slot_size), dtype=wide)
-            saved = like.new_empty((programs, source.saved_size), dtype=wide)
-            here = named | gradients.named(section, begin) | {"begin": begin, "end": end}
-            here |= {"slots": slots, "saved_tiles": saved}
-            tiles = triton.cdiv(end - begin, section.tile.rows)
-            for first in range(0, tiles, PROGRAMS):
-                _launch(section, min(PROGRAMS, tiles - first), here | {"first_tile": first})
-            if source.slot_size:
-                gradients.add_parameters(section, slots)
+    run = functools.partial(_backward, bounds=bounds, tensors=tensors, indices=indices, named=named, wide=wide)
+    gradients = _run(run, planned, arguments, wanted)
+    with torch.cuda.device_of(tensors[0]):
         return gradients.result(wanted)
+
+
+def _backward(planned, bounds, tensors, indices, named, wide):
+    """(`_Gradients`, the kernels launched) for a plan; named: the kernels' arguments but for outputs."""
+    gradients, kernels, like = _Gradients(tensors, indices, bounds, planned, wide), [], tensors[0]
+    for section, begin, end in zip(planned, bounds[:-1], bounds[1:], strict=True):
+        if section is None or begin == end or not section.request.wanted:
+            continue
+        source = section.source
+        programs = min(PROGRAMS, triton.cdiv(end - begin, section.tile.rows))
+        slots = like.new_empty((programs, source.slot_size), dtype=wide)
+        saved = like.new_empty((programs, source.saved_size), dtype=wide)
+        here = named | gradients.named(section, begin) | {"begin": begin, "end": end}
+        here |= {"slots": slots, "saved_tiles": saved}
+        tiles = triton.cdiv(end - begin, section.tile.rows)
+        for first in range(0, tiles, PROGRAMS):
+            kernels += _launch(section, min(PROGRAMS, tiles - first), here | {"first_tile": first})
+        if source.slot_size:
+            gradients.add_parameters(section, slots)
+    return gradients, kernels

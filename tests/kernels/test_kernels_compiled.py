@@ -101,7 +101,7 @@ def test_rows_of_a_tile_can_be_pinned(monkeypatch):
     assert aot.row_section("message", "forward", 32, torch.float32, "tf32", 90).tile.rows == 128
     monkeypatch.setenv(row_program.ROWS, "48")
     with pytest.raises(ValueError, match=f"{row_program.ROWS}: expected 16, 32, 64 or 128, got '48'"):
-        row_program.pinned_rows()
+        row_program.pinned_tile()
 
 
 def every_operation(width, dtype):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from scalegmn_fast.kernels import row_program as kernels
-from scalegmn_fast.kernels import sorted_index
+from scalegmn_fast.kernels import sorted_index, tuning
 from scalegmn_fast.kernels.row_source import parts_of
 
 from scalegmn_fast import backend, testing
@@ -152,6 +152,25 @@ def test_tiles_that_share_a_place(device, monkeypatch):
     """Launches after the first add to what the first left."""
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
     assert_as_reference(message(Inputs([100, 3, 100], 5, torch.float64, device)))
+
+
+def test_tuned_tiles_give_what_pinned_ones_give(device, monkeypatch, tmp_path):
+    """What is run to be timed leaves nothing behind: outputs and gradients are those of the tile alone, to the bit."""
+    arguments = message(Inputs([4, 21, 2], 3, torch.float32, device), dropout=0.2)
+    monkeypatch.setenv(kernels.ROWS, "64")
+    expected = results(TRITON, arguments)
+    monkeypatch.delenv(kernels.ROWS)
+    timed = []
+    monkeypatch.setenv(tuning.TUNE, "1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "possible", lambda device: True)
+    monkeypatch.setattr(tuning, "spills", lambda launched: 0)
+    monkeypatch.setattr(tuning, "milliseconds", lambda call: timed.append(call()) or -(len(timed) % 3 == 2))
+    with nan_poisoned():
+        found = results(TRITON, arguments)
+    assert [section.tile.rows for section in tuning._chosen.values()] == [64] * 6 and len(timed) == 18
+    assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
 
 
 def test_twice_the_same_bits(device):

@@ -1,0 +1,242 @@
+"""Tuned tiles of row programs: which are tried, what is left out, what is kept. Launches and times are stand-ins."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from torch._subclasses import FakeTensorMode  # noqa: E402
+from triton.runtime.jit import KernelInterface  # noqa: E402
+
+from scalegmn_fast import backend  # noqa: E402
+from scalegmn_fast.kernels import row_program, tuning  # noqa: E402
+from scalegmn_fast.ops.row_program import RowProgram  # noqa: E402
+from scalegmn_fast.reference import row_program as reference  # noqa: E402
+from scalegmn_fast.testing import assert_close_to_float64  # noqa: E402
+
+Tile = row_program.Tile
+OPERATIONS = torch.ops.scalegmn_fast.row_program, torch.ops.scalegmn_fast.row_program_backward
+SECTIONS = (1000, 300)
+WIDTH = 16
+
+
+def program(device, rows=SECTIONS):
+    """A program of two sections, of which only the second has a norm."""
+    weight, vector = torch.randn(WIDTH, WIDTH, device=device), torch.randn(WIDTH, device=device)
+    table = torch.randn(sum(rows), WIDTH, device=device)
+    run = RowProgram()
+    for norm, count in enumerate(rows):
+        section = run.section(count)
+        value = section.linear(section.load(table), weight, vector)
+        section.add_up(section.norm_act(value, *((vector, vector) if norm else (None, None)), "silu", 1.0))
+        section.write(value)
+    return run.arguments(torch.tensor([0, 5, sum(rows)], device=device))
+
+
+def step(arguments, forward=row_program.row_program, backward=row_program.row_program_backward):
+    """Results and gradients."""
+    reduced, rows, *kept = forward(*arguments)
+    grads = torch.ones_like(reduced), torch.ones_like(rows)
+    found = backward(*grads, reduced, *kept, *arguments, [True] * len(arguments[0]))
+    return [reduced, rows, *found]
+
+
+class Machine:
+    """Stands for a GPU. A launch is (kernel's name, blocks, warps); `time` says how long so many blocks take."""
+
+    def __init__(self):
+        self.launched, self.timed = [], 0
+
+    def launcher(self, kernel, grid):
+        def launch(*arguments, num_warps, **options):
+            self.launched.append((kernel.fn.__name__, grid[0], num_warps))
+            return SimpleNamespace(n_spills=0)
+
+        return launch
+
+    def time(self, blocks):
+        return blocks
+
+    def milliseconds(self, call):
+        self.timed += 1
+        self.launched.clear()
+        call()
+        _, blocks, _ = self.launched[0]
+        return self.time(blocks)
+
+    def blocks(self, name, arguments):
+        """Those of a kernel in each section of a step."""
+        self.launched.clear()
+        shapes = [result.shape for result in step(arguments)]
+        assert shapes == [(2, WIDTH), (sum(SECTIONS), WIDTH), *(tensor.shape for tensor in arguments[0])]
+        return [(blocks, warps) for kernel, blocks, warps in self.launched if kernel == name]
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    found = Machine()
+    monkeypatch.setenv(tuning.TUNE, "1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: found.launcher(kernel, grid))
+    monkeypatch.setattr(tuning, "milliseconds", found.milliseconds)
+    monkeypatch.setattr(tuning, "possible", lambda device: True)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    return found
+
+
+def files(folder):
+    return sorted(folder.rglob(tuning.FILE))
+
+
+def test_three_tiles_are_tried():
+    assert tuning.candidates(Tile(64, 8)) == (Tile(64, 8), Tile(128, 8), Tile(32, 8))
+    assert tuning.candidates(Tile(16, 8)) == (Tile(16, 8), Tile(32, 8), Tile(16, 4))
+
+
+@pytest.mark.parametrize(
+    ("spilled", "expected", "timed"),
+    [
+        ([0, 0, 0], 2, 3),
+        ([0, 0, 1028], 1, 2),
+        ([0, 1028, 1024], 2, 2),
+        ([1028, 2000, 3000], 2, 3),
+        ([0, None, None], 0, 0),
+        ([None, 1028, None], 1, 0),
+        ([None, None, None], 0, 0),
+    ],
+)
+def test_tiles_that_do_not_fit_or_spill_are_left_out(spilled, expected, timed, monkeypatch):
+    """The later tiles are the faster ones. None: more shared memory than the device has."""
+    calls = []
+
+    def run(tile):
+        if spilled[tile] is None:
+            raise triton.OutOfResources(1, 0, "shared memory")
+        calls.append(tile)
+        return [SimpleNamespace(n_spills=0), SimpleNamespace(n_spills=spilled[tile] // 4)]
+
+    def milliseconds(call):
+        calls.clear()
+        call()
+        times.append(-calls[0])
+        return times[-1]
+
+    times = []
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    assert tuning.fastest((0, 1, 2), run) == expected
+    assert len(times) == timed
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(1, [(16, 8), (5, 8)]), (-1, [(63, 8), (19, 8)])])
+@pytest.mark.parametrize("kernel", ["forward_kernel", "stage0_kernel"])
+def test_sections_run_in_their_fastest_tile(kernel, sign, expected, machine):
+    """64 rows or 16, where the table says 32. Measured in the first call alone."""
+    machine.time = lambda blocks: sign * blocks
+    step(program("meta"))
+    assert machine.timed == 2 * 2 * 3
+    assert machine.blocks(kernel, program("meta")) == expected
+    assert machine.timed == 2 * 2 * 3
+
+
+def test_a_tuned_call_launches_what_it_needs(machine):
+    """Nothing is run twice once the tiles are known: not in a call of other rows in the same bucket either."""
+    step(program("meta"))
+    machine.launched.clear()
+    step(program("meta", (999, 290)))
+    tuned = list(machine.launched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(row_program.ROWS, "64")
+        machine.launched.clear()
+        step(program("meta", (999, 290)))
+    assert tuned == machine.launched
+    assert machine.timed == 12
+    step(program("meta", (2000, 290)))
+    assert machine.timed == 12 + 6
+
+
+def test_a_choice_is_a_file_in_triton_s_cache(machine, tmp_path):
+    step(program("meta"))
+    assert len(files(tmp_path)) == 4
+    assert all('"rows": 64, "warps": 8' in path.read_text() for path in files(tmp_path))
+    files(tmp_path)[0].write_text('{"rows": 16, "warps": 8}')  # what another run could have chosen
+    tuning._chosen.clear()
+    step(program("meta"))
+    assert machine.timed == 12
+    assert sorted(section.tile.rows for section in tuning._chosen.values()) == [16, 64, 64, 64]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "{}", '{"rows": 48, "warps": 8}', '{"rows": 64, "warps": "8"}', "\xff"]
+)
+def test_a_file_that_is_not_ours_is_written_again(text, machine, tmp_path):
+    step(program("meta"))
+    path = files(tmp_path)[0]
+    path.write_bytes(text.encode("latin-1"))
+    tuning._chosen.clear()
+    with pytest.warns(UserWarning, match="names no tile of this row program"):
+        step(program("meta"))
+    assert machine.timed == 12 + 3
+    assert path.read_text() == '{"rows": 64, "warps": 8}'
+
+
+def test_the_table_s_tiles_while_nothing_can_be_timed(machine, tmp_path, monkeypatch):
+    """And they are not kept: a call that can be timed is; a later one that cannot takes what that chose."""
+    arguments = program("meta")
+    monkeypatch.setattr(tuning, "possible", lambda device: False)
+    assert machine.blocks("forward_kernel", arguments) == [(32, 8), (10, 8)]
+    assert machine.timed == 0 and files(tmp_path) == []
+    monkeypatch.setattr(tuning, "possible", lambda device: True)
+    step(arguments)
+    monkeypatch.setattr(tuning, "possible", lambda device: False)
+    assert machine.blocks("forward_kernel", arguments) == [(16, 8), (5, 8)]
+
+
+@pytest.mark.parametrize(
+    ("capturing", "compiling", "device", "expected"),
+    [(0, 0, "cuda", True), (1, 0, "cuda", False), (0, 1, "cuda", False), (0, 0, "cpu", False), (0, 0, "meta", False)],
+)
+def test_when_kernels_can_be_timed(capturing, compiling, device, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: bool(compiling))
+    assert tuning.possible(torch.device(device)) == expected
+
+
+def test_fake_tensors_are_not_timed(machine):
+    with FakeTensorMode(), backend("triton"):
+        assert [result.shape for result in step(program("cuda"), *OPERATIONS)[:2]] == [(2, WIDTH), (1300, WIDTH)]
+    assert machine.launched == []
+
+
+@pytest.mark.parametrize("settings", [{tuning.TUNE: "0"}, {tuning.TUNE: ""}, {row_program.ROWS: "32"}], ids=str)
+def test_nothing_is_timed_unless_asked_for_or_where_rows_are_pinned(settings, machine, tmp_path, monkeypatch):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert machine.blocks("forward_kernel", program("meta")) == [(32, 8), (10, 8)]
+    assert machine.timed == 0 and files(tmp_path) == []
+
+
+def test_a_setting_that_is_neither(monkeypatch):
+    monkeypatch.setenv(tuning.TUNE, "yes")
+    with pytest.raises(ValueError, match=f"{tuning.TUNE}: expected 0 or 1, got 'yes'"):
+        tuning.asked()
+
+
+@pytest.mark.gpu
+def test_tuned_on_a_gpu(monkeypatch, tmp_path):
+    """As near to float64 as untuned, with the same bits in every call once a tile is chosen."""
+    arguments = program("cuda", (20000, 3000))
+    plain = step(arguments)
+    exact = [[tensor.double() for tensor in arguments[0]], *arguments[1:]]
+    exact = step(exact, reference.row_program_forward, reference.row_program_backward)
+    monkeypatch.setenv(tuning.TUNE, "1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    first = step(arguments)
+    assert len(files(tmp_path)) == 4
+    tuning._chosen.clear()
+    again = step(arguments)
+    for a, b, p, e in zip(first, again, plain, exact, strict=True):
+        assert torch.equal(a, b)
+        assert_close_to_float64(a, p, e, factor=8, ulps=256)
