@@ -7,11 +7,11 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from scalegmn_fast.kernels import row_program, tuning  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from triton.runtime.jit import KernelInterface  # noqa: E402
 
 from scalegmn_fast import backend  # noqa: E402
-from scalegmn_fast.kernels import row_program, tuning  # noqa: E402
 from scalegmn_fast.ops.row_program import RowProgram  # noqa: E402
 from scalegmn_fast.reference import row_program as reference  # noqa: E402
 from scalegmn_fast.testing import assert_close_to_float64  # noqa: E402
