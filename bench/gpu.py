@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 import scalegmn_fast
-from bench import comparison, configs, harness, isolated, ops, selection
-from bench.compare_original import Ours, Theirs, kinds
+from bench import compare_neural_graphs, compare_original, comparison, configs, harness, isolated, ops
+from bench.compare_original import Ours, Theirs
 from bench.training import Problem, Training
-from scalegmn_fast.models import from_config, published_config, published_names
+from scalegmn_fast.models import neural_graphs_config, published_config, published_names
 from scalegmn_fast.ops import segment_reduce, symmetrize
 from scalegmn_fast.train.cuda_graph import GraphedStep, Recorder
 
@@ -44,6 +44,8 @@ COLUMNS = (
     "configuration", "batch", *(f"{case} (ms)" for case in CASES), *RATIOS, "floor (ms)",
     *(f"{case} / floor" for case in FAST), *(f"{case} (MB)" for case in CASES), "memory", "launches", "failed",
 )  # fmt: skip
+#: Neural Graphs' configurations for networks of one layout.
+NEURAL_GRAPHS = tuple(compare_neural_graphs.names())
 #: Steps before anything is timed: kernels are compiled, steps recorded.
 WARM_UP = 5
 
@@ -103,17 +105,36 @@ def ceilings(rows: list[dict]) -> dict[str, float]:
     return {row.get("dtype", row["op"]): row["rate"] for row in rows if row["benchmark"] == "ceilings"}
 
 
+def names() -> tuple[str, ...]:
+    """The configurations whose steps are measured: ScaleGMN's, then those of Neural Graphs for one layout."""
+    return (*published_names(), *NEURAL_GRAPHS)
+
+
+def subject(name: str, batch: int) -> tuple[Problem, Callable[[], comparison.Side]]:
+    """The networks of a configuration and their loss, and what makes our model of it."""
+    if name not in NEURAL_GRAPHS:
+        return Problem(published_config(name), batch), lambda: Ours(name)
+    config = neural_graphs_config(name)
+    return compare_neural_graphs.problem_of(config, batch), lambda: compare_neural_graphs.Ours(config)
+
+
+def benchmark_of(name: str) -> comparison.Comparison:
+    """The comparison on a CPU that a configuration has its own batch size and its tables from."""
+    return (compare_neural_graphs if name in NEURAL_GRAPHS else compare_original).COMPARISON
+
+
 def step_cases(place: Place, name: str, batch: int, dtype: str, compiled: bool) -> dict[str, Callable[[], Callable]]:
     """What makes a training step of each side, each with a model of its own: same batch, loss and types."""
-    problem = Problem(published_config(name), batch).to(place.device)
+    problem, make = subject(name, batch)
+    problem = problem.to(place.device)
     kind = torch.device(place.device).type
 
     def trained(side, call, capturable: bool = False) -> Callable[[], None]:
         training = Training(side.model, problem.config, capturable)
         return lambda: training.step(comparison.under(dtype, call, kind), problem)
 
-    def ours() -> Ours:
-        side = Ours(name)
+    def ours() -> comparison.Side:
+        side = make()
         side.model.to(place.device)
         return side
 
@@ -149,7 +170,7 @@ def step_cases(place: Place, name: str, batch: int, dtype: str, compiled: bool) 
     if kind == "cuda":  # Triton's row programs take a while to compile, too
         rows = "triton" if compiled else "cuda"
         makers[f"rows {rows}"] = lambda: on(rows)
-    if not compiled and place.original:
+    if not compiled and place.original and name not in NEURAL_GRAPHS:
         makers["original"] = original
     return makers
 
@@ -218,16 +239,20 @@ def measure_step(place: Place, name: str, batch: int, dtype: str, seconds: float
 
 def step_flops(name: str, batch: int) -> int:
     """Operations of the matrix products that a step asks for; counted on ``meta``, where nothing is computed."""
-    config = published_config(name)
-    problem = Problem(config, batch).to("meta")
-    return configs.flops(from_config(config).to("meta"), problem.graph(), problem.loss)
+    problem, make = subject(name, batch)
+    problem = problem.to("meta")
+    return configs.flops(make().model.to("meta"), problem.graph(), problem.loss)
 
 
 def passes(names: tuple[str, ...]) -> list[tuple[str, int, str]]:
     """(configuration, batch, type) of every row, each once, in the order in which they are measured."""
     sizes = ((size, dtype, name) for size, dtype in PASSES for name in names)
-    found = ((name, selection.own_batch(name) if size == "own" else int(size), dtype) for size, dtype, name in sizes)
-    return list(dict.fromkeys(found))
+    return list(
+        dict.fromkeys(
+            (name, benchmark_of(name).own_batch(name) if size == "own" else int(size), dtype)
+            for size, dtype, name in sizes
+        )
+    )
 
 
 def measure_steps(place: Place, rows: list[tuple[str, int, str]], seconds: float, compiled: bool = False) -> str:
@@ -311,11 +336,11 @@ def page(data: dict) -> str:
 
 
 def step_groups(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """The rows of steps by table, which is that of `compare_original` and a type; in published order."""
-    order = {name: place for place, name in enumerate(published_names())}
+    """The rows of steps by table, which is that of the comparison on a CPU, and a type; in published order."""
+    order = {name: place for place, name in enumerate(names())}
     found: dict[tuple[str, str], list[dict]] = {}
     for row in sorted((r for r in rows if r["benchmark"] == "steps"), key=lambda row: order[row["config"]]):
-        for kind in kinds(row):
+        for kind in benchmark_of(row["config"]).kinds(row):
             found.setdefault((kind, row["dtype"]), []).append(row)
     return dict(sorted(found.items()))
 

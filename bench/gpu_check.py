@@ -260,7 +260,7 @@ def ceilings(place) -> str:
 def steps(place) -> str:
     from bench import gpu
 
-    return gpu.measure_steps(place, gpu.passes(gpu.published_names()), seconds=0.4)
+    return gpu.measure_steps(place, gpu.passes(gpu.names()), seconds=0.4)
 
 
 def compiled(place) -> str:

@@ -1,6 +1,7 @@
 """What is measured on a GPU, measured on a CPU: ceilings, steps and their page."""
 
 import contextlib
+import dataclasses
 import json
 import time
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from bench import gpu, harness, isolated, ops, report
-from scalegmn_fast.models import published_config, published_names
+from scalegmn_fast.models import published_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not exactly equivariant")
 NAME = "mnist_cls/scalegmn"
@@ -84,6 +85,13 @@ def test_a_step_is_timed_on_every_side(place):
     assert "launches" in exact and exact["launches"] is None
 
 
+@pytest.mark.parametrize("name", ["mnist_cls/pna", "mnist_cls/rtransformer"])
+def test_a_step_of_neural_graphs_is_timed_without_their_original(name, place):
+    row = gpu.measure_step(dataclasses.replace(place, original="a checkout of ScaleGMN"), name, 1, "float32", seconds=0)
+    assert row["failures"] == {} and set(row["times"]) == {"ours", "graph", "reference"}
+    assert gpu.step_flops(name, 4) == pytest.approx(2 * gpu.step_flops(name, 2), rel=0.01)
+
+
 def test_a_side_that_fails_is_named_and_the_others_are_timed(place, monkeypatch):
     def refuses(*args):
         raise RuntimeError("no graphs here")
@@ -113,10 +121,11 @@ def test_rows_stop_where_the_time_ends(place):
 
 
 def test_every_configuration_is_measured_before_the_next_size_and_type():
-    found = gpu.passes(published_names())
-    assert found[:20] == [(name, 16, "float32") for name in published_names()]
+    found, count = gpu.passes(gpu.names()), len(gpu.names())
+    assert found[:count] == [(name, 16, "float32") for name in gpu.names()]
     assert len(found) == len(set(found))
-    assert all(row[1] == published_config(row[0])["batch_size"] for row in found[20:40])
+    assert all(row[1] == published_config(row[0])["batch_size"] for row in found[count : count + 20])
+    assert all(row[1] == 128 for row in found[count + 20 : 2 * count])
 
 
 def test_ops_are_measured_on_what_serves_them_and_the_rest_is_said(place, monkeypatch, capsys):
