@@ -10,6 +10,9 @@
 
 namespace scalegmn {
 
+// Blocks of a multiprocessor at least: the bound of kernels for which the compiler finds code without spills only then.
+constexpr int kBlocks = 3;
+
 inline cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 // The error of the launches before it, or null.

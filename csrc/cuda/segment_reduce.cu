@@ -98,7 +98,7 @@ __device__ int64_t item_index() { return int64_t(blockIdx.x) * blockDim.y + thre
 
 // Segments of at most a cell's slots.
 template <class T, class Index, int V>
-__global__ void __launch_bounds__(kThreads) segments_kernel(const SegmentReduceArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) segments_kernel(const SegmentReduceArgs args) {
   using A = typename Accumulate<T>::type;
   const int64_t segment = item_index(), column = first_column<V>();
   if (segment >= args.segments || column >= args.width) return;

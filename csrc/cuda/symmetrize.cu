@@ -41,7 +41,7 @@ __device__ Spread<A> spread(const Group<WARPS>& group, const T* h, const A* bias
 }
 
 template <class T, int WARPS, bool VECTOR, bool TILED>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const SymmetrizeArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) forward_kernel(const SymmetrizeArgs args) {
   using A = typename Accumulate<T>::type;
   const Group<WARPS> group;
   if (group.index >= args.rows) return;  // whole groups: with several warps a group is the block
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const SymmetrizeArgs
 
 // grad_h of kind activation for a block of rows, one group per block of rows, and its row of args.partial.
 template <class T, int WARPS, bool VECTOR, bool TILED>
-__global__ void __launch_bounds__(kThreads) activation_backward_kernel(const SymmetrizeArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) activation_backward_kernel(const SymmetrizeArgs args) {
   using A = typename Accumulate<T>::type;
   const Group<WARPS> group;
   const int64_t width = args.width, first = group.index * args.block_rows;
