@@ -238,7 +238,14 @@ def measure_step(place: Place, name: str, batch: int, dtype: str, seconds: float
 
 
 def step_flops(name: str, batch: int) -> int:
-    """Operations of the matrix products that a step asks for; counted on ``meta``, where nothing is computed."""
+    """Operations of the matrix products that a step asks for; counted on ``meta``, where nothing is computed.
+
+    Those of Neural Graphs' models, whose batches ``meta`` cannot hold: on two networks, as
+    `compare_neural_graphs` does.
+    """
+    if name in NEURAL_GRAPHS:
+        problem, make = subject(name, 2)
+        return 3 * compare_neural_graphs.forward_flops(make().forward(problem)) * batch // 2
     problem, make = subject(name, batch)
     problem = problem.to("meta")
     return configs.flops(make().model.to("meta"), problem.graph(), problem.loss)

@@ -43,15 +43,17 @@ def speed_ups(rows: list[dict], path: Path) -> bool:
             xerr=errors,
             color=COLOURS[place],
             error_kw={"elinewidth": 1, "ecolor": "#333333"},
-            label=f"{batch}: {mean:.2f}x on geometric average",
+            label=f"{batch} (geometric mean {mean:.2f}x)",
         )
         places = [names.index(name) + offset for name in floors]
-        axis.scatter(list(floors.values()), places, marker="D", s=10, color="#333333", zorder=3)
+        label = "at the floor of the products" if place == 0 else None
+        axis.scatter(list(floors.values()), places, marker="D", s=10, color="#333333", zorder=3, label=label)
     axis.axvline(1, color=COLOURS[3], linewidth=1, linestyle="--")
     axis.set(yticks=range(len(names)), yticklabels=names, xlabel="time of the original / ours", xlim=(0, None))
     axis.set_title("Training step, float32, same process, in turn")
+    axis.margins(y=0.01)
     axis.invert_yaxis()
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.6 / figure.get_figheight()), ncols=2)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, columnspacing=1, handlelength=1.5)
     _save(figure, axis, path=path)
     return True
 
