@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from compared import assert_same_trajectory, flat, gradients, trajectory
+from compared import assert_no_further_than_rounding, assert_same_trajectory, flat, gradients, trajectory
 
 import scalegmn_fast
+from bench.compare_neural_graphs import is_editing, problem_of
 from bench.compare_neural_graphs import names as fixed_names
-from bench.compare_neural_graphs import problem_of
 from bench.original import Original
 from bench.original_neural_graphs import OriginalNeuralGraphs
 from bench.training import Problem
@@ -84,15 +84,15 @@ def assert_same_numbers(model, inputs):
     assert all(torch.equal(a, b) for a, b in zip(flat(fresh.eval()(*inputs())), outputs, strict=True))
 
 
-def assert_stays_on_trajectory(case, dtype, rate):
-    """`assert_same_trajectory` for ``case(dtype)``: a model, and the loss of a model."""
+def losses_of(case, dtype, rate):
+    """``begin`` -> losses, for ``case(dtype)``: a model, and the loss of a model."""
 
     def losses(begin):
         with default_dtype(dtype):
             model, loss_of = case(dtype)
             return trajectory(model, loss_of, begin=begin, lr=rate)
 
-    assert_same_trajectory(losses, dtype)
+    return losses
 
 
 def with_loss(case, *args):
@@ -141,10 +141,21 @@ def test_scalegmns_own_model_gives_its_numbers(name, scalegmn_root):
 @both_dtypes
 @pytest.mark.parametrize("name", published_names())
 def test_scalegmns_own_model_stays_on_its_trajectory(name, dtype, scalegmn_root):
-    """At the published rate, without its warm-up."""
+    """At rates above those of the first steps of a published run, which has a warm-up."""
+    rate = 1e-4 if published_config(name)["scalegmn_args"]["equivariant"] else 1e-3
+    with imported(lambda: Original(scalegmn_root)) as original:
+        assert_same_trajectory(losses_of(partial(with_loss, scalegmn_case, original, name), dtype, rate), dtype)
+
+
+@long
+@both_dtypes
+@pytest.mark.parametrize("name", published_names())
+def test_scalegmns_own_model_without_warm_up_parts_no_further_than_rounding(name, dtype, scalegmn_root):
     rate = float(published_config(name)["optimization"]["optimizer_args"]["lr"])
     with imported(lambda: Original(scalegmn_root)) as original:
-        assert_stays_on_trajectory(partial(with_loss, scalegmn_case, original, name), dtype, rate)
+        assert_no_further_than_rounding(
+            losses_of(partial(with_loss, scalegmn_case, original, name), dtype, rate), dtype
+        )
 
 
 def neural_graphs_case(original, name, dtype):
@@ -168,9 +179,19 @@ def test_neural_graphs_own_model_gives_its_numbers(name, neural_graphs_root):
 @both_dtypes
 @pytest.mark.parametrize("name", fixed_names())
 def test_neural_graphs_own_model_stays_on_its_trajectory(name, dtype, neural_graphs_root):
-    """At the released rate, without its warm-up of 1000 steps (editing: 10,000)."""
+    """At rates above those of the first steps of a released run: its warm-up has 1000 steps (editing: 10,000)."""
+    rate = 1e-5 if is_editing(neural_graphs_config(name)) else 1e-4
     with imported(lambda: OriginalNeuralGraphs(neural_graphs_root)) as original:
-        assert_stays_on_trajectory(partial(with_loss, neural_graphs_case, original, name), dtype, RATE)
+        assert_same_trajectory(losses_of(partial(with_loss, neural_graphs_case, original, name), dtype, rate), dtype)
+
+
+@long
+@both_dtypes
+@pytest.mark.parametrize("name", fixed_names())
+def test_neural_graphs_own_model_without_warm_up_parts_no_further_than_rounding(name, dtype, neural_graphs_root):
+    with imported(lambda: OriginalNeuralGraphs(neural_graphs_root)) as original:
+        losses = losses_of(partial(with_loss, neural_graphs_case, original, name), dtype, RATE)
+        assert_no_further_than_rounding(losses, dtype)
 
 
 # -- Neural Graphs on CNNs of varying architectures ------------------------------------------------------------------
@@ -218,10 +239,16 @@ def cnn_batch(root, config, dtype):
     return Batch.from_data_list(graphs)
 
 
+#: The draw of their weights: one whose training the original repeats when its weights are rounded. In others (of
+#: cnn_zoo/pna 0, 1 and 3) two messages of a node are so nearly equal that rounding decides which is the extreme, and a
+#: run of the original parts from another by 1e-3 within 20 steps.
+DRAW = 2
+
+
 def cnn_case(root, original, name, dtype):
     config = without_dropout(neural_graphs_config(name))
     with default_dtype(dtype):
-        torch.manual_seed(0)
+        torch.manual_seed(DRAW)
         model = original.model(config).to(dtype)
         batch = cnn_batch(root, config, dtype)
     return model, lambda: (copy.deepcopy(batch),)
@@ -245,16 +272,29 @@ def test_edges_marked_otherwise_run_on_the_original(neural_graphs_root):
         assert "mlp_edge_masks must mark the edges into linear layers" in scalegmn_fast.report(model).parts[0].reason
 
 
+def cnn_losses(root, original, name, dtype, rate):
+    def case(dtype):
+        model, inputs = cnn_case(root, original, name, dtype)
+        target = torch.tensor([-1.0, 0.5, 2.0], dtype=dtype)  # no loss near 0, where rounding would be most of it
+        return model, lambda net: F.mse_loss(net(*inputs()).sigmoid().squeeze(-1), target)
+
+    return losses_of(case, dtype, rate)
+
+
 @long
 @both_dtypes
 @pytest.mark.parametrize("name", VARYING)
 def test_neural_graphs_own_model_of_cnns_stays_on_its_trajectory(name, dtype, neural_graphs_root):
-    """At the released rate, without its warm-up."""
+    """At a rate above those of the first steps of a released run, which has a warm-up."""
     with imported(lambda: OriginalNeuralGraphs(neural_graphs_root)) as original:
+        assert_same_trajectory(cnn_losses(neural_graphs_root, original, name, dtype, 1e-4), dtype)
 
-        def case(dtype):
-            model, inputs = cnn_case(neural_graphs_root, original, name, dtype)
-            target = torch.tensor([-1.0, 0.5, 2.0], dtype=dtype)  # no loss near 0, where rounding would be most of it
-            return model, lambda net: F.mse_loss(net(*inputs()).sigmoid().squeeze(-1), target)
 
-        assert_stays_on_trajectory(case, dtype, RATE)
+@long
+@both_dtypes
+@pytest.mark.parametrize("name", VARYING)
+def test_neural_graphs_own_model_of_cnns_without_warm_up_parts_no_further_than_rounding(
+    name, dtype, neural_graphs_root
+):
+    with imported(lambda: OriginalNeuralGraphs(neural_graphs_root)) as original:
+        assert_no_further_than_rounding(cnn_losses(neural_graphs_root, original, name, dtype, RATE), dtype)
