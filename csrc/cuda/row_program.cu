@@ -92,4 +92,9 @@ const char* add_runs(const RowRunArgs& args, void* stream) {
 
 RowKernels row_kernels_cuda() { return {cuda::map, cuda::dot, cuda::norm, cuda::norm_backward, cuda::add_runs}; }
 
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(as_stream(stream), &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
+}
+
 }  // namespace scalegmn

@@ -8,4 +8,7 @@ namespace scalegmn {
 
 RowKernels row_kernels_cuda();
 
+// Whether what is launched on the stream goes into a CUDA graph.
+bool is_capturing(void* stream);
+
 }  // namespace scalegmn

@@ -12,10 +12,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/row_kernels.h"
 #include "cpu/symmetrize.h"
 #include "ops/common.h"
+#include "ops/kept_orders.h"
 #include "ops/row_program_plan.h"
 #include "ops/segment_reduce.h"
 #ifdef SCALEGMN_CUDA
@@ -44,6 +46,7 @@ class Composed : RowProgramPlan {
 #ifdef SCALEGMN_CUDA
       kernels_ = row_kernels_cuda();
       stream_ = stream_of(tensors_[0]);
+      capturing_ = is_capturing(stream_);
 #else
       TORCH_CHECK(false, "row_program: the compiled module was built without nvcc");
 #endif
@@ -132,6 +135,7 @@ class Composed : RowProgramPlan {
   const at::TensorOptions options_;
   RowKernels kernels_{};
   void* stream_ = nullptr;
+  bool capturing_ = false;
   int64_t chunk_rows_;
   at::Tensor segment_;                      // int64 [R]
   at::Tensor workspace_, scratch_, ones_;   // Wide: the values and gradients of a chunk's steps; of one step; 1
@@ -446,17 +450,22 @@ class Composed : RowProgramPlan {
 
   // The rows, sorted by what the index names in each chunk; equal ones stay in order.
   at::Tensor order_of(int index) const {
-    const auto options = options_.dtype(at::kLong);
-    int64_t rows = 1, chunks = 0;
+    int64_t rows = 1;
     for (const auto& [table, by] : uses_) rows = by == index ? std::max(rows, tables_[table].rows) : rows;
-    std::vector<at::Tensor> chunk_of;
-    for (const Section& section : sections_) {
-      const int64_t count = section.end - section.begin;
-      chunk_of.push_back(at::arange(count, options).div_(chunk_rows_, "floor").add_(chunks));
-      chunks += row_blocks(count, chunk_rows_);
-    }
-    const at::Tensor keys = at::cat(chunk_of).mul_(rows).add_(index_tensors_[index].narrow(0, 0, rows_));
-    return at::argsort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    std::vector<int64_t> key = {chunk_rows_, rows};
+    for (const Section& section : sections_) key.push_back(section.end);
+    return kept_order(index_tensors_[index], std::move(key), stream_, capturing_, [&] {
+      const auto options = options_.dtype(at::kLong);
+      int64_t chunks = 0;
+      std::vector<at::Tensor> chunk_of;
+      for (const Section& section : sections_) {
+        const int64_t count = section.end - section.begin;
+        chunk_of.push_back(at::arange(count, options).div_(chunk_rows_, "floor").add_(chunks));
+        chunks += row_blocks(count, chunk_rows_);
+      }
+      const at::Tensor keys = at::cat(chunk_of).mul_(rows).add_(index_tensors_[index].narrow(0, 0, rows_));
+      return at::argsort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    });
   }
 
   // For each row of the chunk its segment's row.

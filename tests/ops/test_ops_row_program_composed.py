@@ -78,6 +78,37 @@ def test_composed_reductions_against_float64(place, reduction, width, dtype):
     assert_close(found, t, case, reduction_cases, reduction)
 
 
+def sorts(run):
+    """How often PyTorch sorts while `run` does."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return sum(event.count for event in profile.key_averages() if event.key == "aten::sort")
+
+
+def test_composed_sorts_an_index_once(place):
+    """For as long as it lives and stays what it was, per way of cutting it into chunks."""
+    t, index, ptr = on(place, *rows_cases.inputs(200, 40, 5, torch.float64))
+
+    def found(chunk=24):
+        with composed(chunk):
+            return rows_cases.results("auto", t, index, ptr, 200)
+
+    first = found()
+    index = [i.clone() for i in index]
+    assert sorts(found) == 2 and sorts(found) == 0
+    assert sorts(lambda: found(chunk=50)) == 2 and sorts(found) == 0
+    assert all(torch.equal(a, b) for a, b in zip(found(), first, strict=True))
+    index[0].copy_(39 - index[0])
+    assert sorts(found) == 1
+    for a, b in zip(found(), rows_cases.results("reference", t, index, ptr, 200), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    index = [index[1], index[0]]  # another place in the program, the same numbers
+    assert sorts(found) == 0
+    parts = torch.stack(index)
+    index = [parts[0], parts[1]]
+    assert sorts(found) == 2 and sorts(found) == 0
+
+
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_composed_activations(place, activation, norm):
