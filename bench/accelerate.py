@@ -15,21 +15,20 @@ first, in eval mode. Each row is measured in a process of its own and written at
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import scalegmn_fast
 from bench import compare_neural_graphs, compare_original, harness, isolated, selection
+from bench.checkouts import Repository
 from bench.comparison import LIMIT, Side, difference
 from bench.training import Problem, Training
 from scalegmn_fast.graph import GraphBatch
-from scalegmn_fast.models import neural_graphs_config, published_config, published_names
+from scalegmn_fast.models import neural_graphs_config, published_config
 
 KEY = ("config", "batch")
 
@@ -49,60 +48,28 @@ def neural_graphs_sides(root: str, name: str, batch: int) -> tuple[Problem, Side
 
 @dataclass(frozen=True)
 class Family:
-    """An original and its configurations.
+    """An original and how its models are called.
 
     Attributes:
-        option: of the command line, which takes a checkout; repository: where that is from; file: one that it has.
-        names: published configurations, in the order of the table; own_batch: the batch size that one comes with.
-        batch: sizes measured by default.
+        original: its checkout and configurations.
         sides: (checkout, configuration, batch) -> the problem, our side, the original's side.
         graph: problem -> what our model is called with.
-        needs: packages of the original, by the module that they install.
     """
 
-    option: str
-    repository: str
-    file: str
-    names: Sequence[str]
-    own_batch: Callable[[str], int]
-    batch: list[str]
+    original: Repository
     sides: Callable[[str, str, int], tuple[Problem, Side, Side]]
     graph: Callable[[Problem], GraphBatch]
-    needs: Mapping[str, str] = field(default_factory=dict)
-
-    def check(self, parser: argparse.ArgumentParser, root: str) -> None:
-        """End with a message that names the argument where ``root`` cannot be imported from."""
-        if not (Path(root) / self.file).is_file():
-            parser.error(f"argument {self.option}: expected a checkout that has {self.file}, got {root!r}")
-        missing = [package for module, package in self.needs.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            parser.error(f"argument {self.option}: the original needs {', '.join(missing)}, which cannot be imported")
 
 
 FAMILIES = {
-    "scalegmn": Family(
-        option="--scalegmn",
-        repository="github.com/jkalogero/scalegmn",
-        file=compare_original.FILE,
-        names=published_names(),
-        own_batch=selection.own_batch,
-        batch=["16"],
-        sides=scalegmn_sides,
-        graph=Problem.graph,
-    ),
+    "scalegmn": Family(compare_original.SCALEGMN, scalegmn_sides, Problem.graph),
     "neural_graphs": Family(
-        option="--neural-graphs",
-        repository="github.com/mkofinas/neural-graphs",
-        file=compare_neural_graphs.FILE,
-        names=compare_neural_graphs.names(),
-        own_batch=lambda name: compare_neural_graphs.BATCH,
-        batch=["own"],
-        sides=neural_graphs_sides,
-        graph=lambda problem: GraphBatch.from_weights(problem.weights, problem.biases),
-        needs=compare_neural_graphs.NEEDS,
+        compare_neural_graphs.NEURAL_GRAPHS,
+        neural_graphs_sides,
+        lambda problem: GraphBatch.from_weights(problem.weights, problem.biases),
     ),
 }
-NAMES = [name for family in FAMILIES.values() for name in family.names]
+NAMES = [name for family in FAMILIES.values() for name in family.original.names]
 
 
 def measure(family: str, root: str, name: str, batch: int, rounds: int, seconds: float) -> dict:
@@ -157,7 +124,7 @@ def arguments(given: list[str] | None = None) -> tuple[argparse.Namespace, list[
     """The command line, checked, and its cases: (family, checkout, configuration, batch)."""
     parser = argparse.ArgumentParser(prog="python -m bench.accelerate", description=__doc__.splitlines()[0])
     for key, family in FAMILIES.items():
-        parser.add_argument(family.option, dest=key, metavar="CHECKOUT", help=f"of {family.repository}")
+        family.original.add_option(parser, key, required=False)
     selection.add_arguments(parser, batch=[], names=[])
     parser.add_argument("--rounds", type=int, default=60, help="at most, per row")
     parser.add_argument(
@@ -170,14 +137,14 @@ def arguments(given: list[str] | None = None) -> tuple[argparse.Namespace, list[
         parser.error(f"argument --rounds: expected at least 1, got {args.rounds}")
     roots = {key: root for key in FAMILIES if (root := getattr(args, key)) is not None}
     if not roots:
-        parser.error(f"expected a checkout for {' or '.join(family.option for family in FAMILIES.values())}")
+        parser.error(f"expected a checkout for {' or '.join(family.original.option for family in FAMILIES.values())}")
     found = []
     for key, root in roots.items():
-        family = FAMILIES[key]
-        family.check(parser, root)
-        names = [name for name in args.config or family.names if name in family.names]
-        chosen = argparse.Namespace(config=names, batch=args.batch or family.batch)
-        found += [(key, root, *case) for case in selection.cases(chosen, own_batch=family.own_batch)]
+        original = FAMILIES[key].original
+        original.check(parser, root)
+        names = [name for name in args.config or original.names if name in original.names]
+        chosen = argparse.Namespace(config=names, batch=args.batch or original.batch)
+        found += [(key, root, *case) for case in selection.cases(chosen, own_batch=original.own_batch)]
     without = sorted({*args.config} - {name for _, _, name, _ in found})
     if without:
         parser.error(f"argument --config: {without[0]!r} is of an original whose checkout is not given")

@@ -23,6 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import comparison
+from bench.checkouts import Repository
 from bench.original_neural_graphs import FILE, NEEDS, OriginalNeuralGraphs
 from bench.training import Problem
 from scalegmn_fast.graph import GraphBatch
@@ -144,19 +145,22 @@ def kinds(row: dict) -> set[str]:
     return {f"{model}, batch {row['batch']}"}
 
 
-COMPARISON = comparison.Comparison(
-    name="compare_neural_graphs",
-    summary=__doc__.splitlines()[0],
+NEURAL_GRAPHS = Repository(
     option="--neural-graphs",
-    repository="github.com/mkofinas/neural-graphs",
+    place="github.com/mkofinas/neural-graphs",
     file=FILE,
     names=names(),
     own_batch=lambda name: BATCH,
     batch=["own"],
+    needs=NEEDS,
+)
+COMPARISON = comparison.Comparison(
+    name="compare_neural_graphs",
+    summary=__doc__.splitlines()[0],
+    original=NEURAL_GRAPHS,
     compare=compare,
     peak=peak,
     kinds=kinds,
-    needs=NEEDS,
 )
 main, page = COMPARISON.main, COMPARISON.page
 

@@ -25,6 +25,7 @@ from collections.abc import Callable
 import torch
 
 from bench import comparison, selection
+from bench.checkouts import Repository
 from bench.configs import flops_at
 from bench.original import FILE, Original
 from bench.training import Problem
@@ -84,15 +85,18 @@ def kinds(row: dict) -> set[str]:
     return {OWN if own else f"batch {row['batch']}"} | ({"batch 16"} if row["batch"] == 16 else set())
 
 
-COMPARISON = comparison.Comparison(
-    name="compare_original",
-    summary=__doc__.splitlines()[0],
+SCALEGMN = Repository(
     option="--scalegmn",
-    repository="github.com/jkalogero/scalegmn",
+    place="github.com/jkalogero/scalegmn",
     file=FILE,
     names=published_names(),
     own_batch=selection.own_batch,
     batch=["16"],
+)
+COMPARISON = comparison.Comparison(
+    name="compare_original",
+    summary=__doc__.splitlines()[0],
+    original=SCALEGMN,
     compare=compare,
     peak=peak,
     kinds=kinds,

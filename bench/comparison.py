@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from bench import harness, isolated, selection
+from bench.checkouts import Repository
 from bench.training import Problem, Training
 
 KEY = ("config", "batch", "dtype", "mode")
@@ -131,10 +130,7 @@ class Comparison:
     Attributes:
         name: of the benchmark and of its result file.
         summary: what it measures, in a line.
-        option: of the command line, which takes a checkout of the original.
-        repository: where that is from; file: one that it has; needs: its packages, by the module that they install.
-        names: published configurations, in the order of the tables; own_batch: the batch size that one comes with.
-        batch: sizes measured by default.
+        original: what it compares with.
         compare: (checkout, configuration, batch, dtype, mode, rounds, seconds) -> what a row says of times.
         peak: (checkout, or None for ours, configuration, batch, dtype) -> bytes.
         kinds: row -> the tables that it belongs in, in words; first: the one that stands before the others.
@@ -142,25 +138,17 @@ class Comparison:
 
     name: str
     summary: str
-    option: str
-    repository: str
-    file: str
-    names: Sequence[str]
-    own_batch: Callable[[str], int]
-    batch: list[str]
+    original: Repository
     compare: Callable[..., dict]
     peak: Callable[[str | None, str, int, str], int]
     kinds: Callable[[dict], set[str]]
     first: str = ""
-    needs: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self, given: list[str] | None = None) -> argparse.Namespace:
         """The command line, checked."""
         parser = argparse.ArgumentParser(prog=f"python -m bench.{self.name}", description=self.summary)
-        parser.add_argument(
-            self.option, required=True, dest="checkout", metavar="CHECKOUT", help=f"of {self.repository}"
-        )
-        selection.add_arguments(parser, batch=self.batch, names=self.names)
+        self.original.add_option(parser, "checkout", required=True)
+        selection.add_arguments(parser, batch=self.original.batch, names=self.original.names)
         parser.add_argument("--rounds", type=int, default=30, help="at most, per row")
         parser.add_argument(
             "--seconds", type=float, default=60.0, help="per row, after which no round begins past the third"
@@ -174,17 +162,10 @@ class Comparison:
         parser.add_argument("--no-eager", action="store_true", help="only what the three flags before add")
         selection.add_output(parser, self.name, "a row")
         args = parser.parse_args(given)
-        selection.check(parser, args, names=self.names)
+        selection.check(parser, args, names=self.original.names)
         if args.rounds < 1:
             parser.error(f"argument --rounds: expected at least 1, got {args.rounds}")
-        if not (Path(args.checkout) / self.file).is_file():
-            parser.error(
-                f"argument {self.option}: expected a checkout of {self.repository}, "
-                f"got {args.checkout!r}, where no {self.file} is"
-            )
-        missing = [package for module, package in self.needs.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            parser.error(f"argument {self.option}: the original needs {', '.join(missing)}, which cannot be imported")
+        self.original.check(parser, args.checkout)
         flags = {"eager": not args.no_eager, "compiled": args.compiled, "tuned allocator": args.tuned_allocator}
         args.modes = [mode for mode, on in {**flags, "memory": args.memory}.items() if on]
         return args
@@ -193,7 +174,7 @@ class Comparison:
         """Measure and record what the command line says, and print its tables."""
         args = self.arguments(given)
         rows = []
-        for name, batch in selection.cases(args, own_batch=self.own_batch):
+        for name, batch in selection.cases(args, own_batch=self.original.own_batch):
             for mode in args.modes:
                 row = self.measure(args, name, batch, mode)
                 if harness.record(args.output, row, KEY, args.others):
@@ -220,7 +201,7 @@ class Comparison:
 
     def groups(self, rows: list[dict]) -> Groups:
         """The rows by table, in the order of the published configurations."""
-        order = {name: place for place, name in enumerate(self.names)}
+        order = {name: place for place, name in enumerate(self.original.names)}
         found: Groups = {}
         for row in sorted(rows, key=lambda row: (row["dtype"] != "float32", order[row["config"]])):
             for kind in self.kinds(row):

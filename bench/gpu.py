@@ -256,7 +256,7 @@ def passes(names: tuple[str, ...]) -> list[tuple[str, int, str]]:
     sizes = ((size, dtype, name) for size, dtype in PASSES for name in names)
     return list(
         dict.fromkeys(
-            (name, benchmark_of(name).own_batch(name) if size == "own" else int(size), dtype)
+            (name, benchmark_of(name).original.own_batch(name) if size == "own" else int(size), dtype)
             for size, dtype, name in sizes
         )
     )

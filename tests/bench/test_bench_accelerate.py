@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import accelerate, compare_neural_graphs, compare_original, harness, report, selection
+from bench import accelerate, checkouts, compare_neural_graphs, compare_original, harness, report, selection
 from scalegmn_fast.models import published_config
 from scalegmn_fast.testing import randomize_parameters
 
@@ -98,7 +98,7 @@ def test_each_original_has_its_configurations_and_its_batch(tmp_path, monkeypatc
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     root = str(tmp_path)
-    monkeypatch.setattr(accelerate.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(checkouts.importlib.util, "find_spec", lambda name: name)
     _, found = accelerate.arguments(["--neural-graphs", root])
     assert found == [("neural_graphs", root, name, 128) for name in compare_neural_graphs.names()]
     both = ["--scalegmn", root, "--neural-graphs", root]
@@ -128,8 +128,14 @@ def test_the_command_writes_rows_and_the_report_draws_them(monkeypatch, tmp_path
     ("arguments", "message"),
     [
         ([], "expected a checkout for --scalegmn or --neural-graphs"),
-        (["--scalegmn", "nowhere"], "argument --scalegmn: expected a checkout that has src/scalegmn/models.py"),
-        (["--neural-graphs", "nowhere"], "argument --neural-graphs: expected a checkout that has nn/relational_tr"),
+        (
+            ["--scalegmn", "nowhere"],
+            "--scalegmn: expected a checkout of github.com/jkalogero/scalegmn, got 'nowhere'",
+        ),
+        (
+            ["--neural-graphs", "nowhere"],
+            "--neural-graphs: expected a checkout of github.com/mkofinas/neural-graphs",
+        ),
         (["--rounds", "0"], "argument --rounds: expected at least 1, got 0"),
         (["--config", "mnist"], "argument --config: 'mnist' is no published configuration"),
         (["--scalegmn", "HERE", "--config", "mnist_cls/pna"], "'mnist_cls/pna' is of an original whose checkout is"),

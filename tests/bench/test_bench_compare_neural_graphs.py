@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import compare_neural_graphs, comparison, report
+from bench import checkouts, compare_neural_graphs, report, selection
 from bench.compare_neural_graphs import forward_flops, names, problem_of, program_products, task
 from scalegmn_fast.models import neural_graphs_config
 from scalegmn_fast.ops.row_program import RowProgram, SectionWriter
@@ -133,7 +133,7 @@ def test_wrong_arguments_are_named(given, expected, tmp_path, capsys):
 
 
 def test_missing_packages_are_named(stand_in, monkeypatch, capsys):
-    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda module: None if module == "rff" else module)
+    monkeypatch.setattr(checkouts.importlib.util, "find_spec", lambda module: None if module == "rff" else module)
     with pytest.raises(SystemExit):
         compare_neural_graphs.main(["--neural-graphs", stand_in(1.0)])
     error = capsys.readouterr().err
@@ -141,10 +141,10 @@ def test_missing_packages_are_named(stand_in, monkeypatch, capsys):
 
 
 def test_default_is_a_step_at_the_published_batch(stand_in, monkeypatch):
-    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda module: module)
+    monkeypatch.setattr(checkouts.importlib.util, "find_spec", lambda module: module)
     args = compare_neural_graphs.COMPARISON.arguments(["--neural-graphs", stand_in(1.0), "--memory"])
-    cases = comparison.selection.cases(args, compare_neural_graphs.COMPARISON.own_batch)
-    assert cases == [(name, 128) for name in compare_neural_graphs.COMPARISON.names]
+    cases = selection.cases(args, compare_neural_graphs.NEURAL_GRAPHS.own_batch)
+    assert cases == [(name, 128) for name in compare_neural_graphs.NEURAL_GRAPHS.names]
     assert args.modes == ["eager", "memory"]
     assert args.output.name == "compare_neural_graphs.json"
 
