@@ -29,6 +29,7 @@ from .compile import (
 ROW_CASES = (
     ("message", 128, torch.bfloat16, "ieee"),
     ("message", 128, torch.float32, "tf32"),
+    ("message", 128, torch.float32, "ieee"),
     ("message", 64, torch.bfloat16, "ieee"),
     ("message", 64, torch.float32, "tf32"),
     ("attention", 64, torch.bfloat16, "ieee"),

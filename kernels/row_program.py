@@ -72,7 +72,7 @@ def tile_of(size, low_precision, backward, architecture):
     weights are of two bytes; architecture: 10 times the compute capability.
     """
     if not low_precision:
-        return Tile(32 if size <= 64 * 128 else 16, WARPS)
+        return Tile(64 if size <= 64 * 128 else 32 if size <= 128 * 128 else 16, WARPS)
     if size > 128 * 128:
         return Tile(16, WARPS)
     if architecture in HOPPER or architecture in BLACKWELL:

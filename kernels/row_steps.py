@@ -73,10 +73,38 @@ def _load_weight(
 
 
 @triton.jit
+def _settled(x):
+    """x, computed by here, not later from what would be kept until then; what is made of it is not what was made of x
+    before, and kept since. Float32; x itself in the interpreter.
+    """
+    if not INTERPRETED:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
+    return x
+
+
+@triton.jit
 def _dot(a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
     if INTERPRETED:  # it multiplies no bfloat16: wider, the same products
-        a, b = a.to(ACC), b.to(ACC)
-    return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
+        return tl.dot(a.to(ACC), b.to(ACC), input_precision=PRECISION, out_dtype=ACC)
+    found = tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
+    return _settled(found) if a.dtype == tl.float32 else found
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of x's columns."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@triton.constexpr_function
+def _half(columns):
+    return columns // 2
+
+
+@triton.constexpr_function
+def _is_cut(columns, dtype, precision):
+    """Whether a product over so many columns is the sum of two over halves: float32 operands fill the registers."""
+    return dtype == tl.float32 and columns > (16 if precision == "ieee" else 64)
 
 
 @triton.jit
@@ -85,6 +113,13 @@ def product(
     FIRST_IN: tl.constexpr, INS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x [BLOCK, inputs] times the transpose of a block of the weight, in the weight's type, added up in x's."""
+    if _is_cut(x.shape[1], weight.dtype.element_ty, PRECISION):
+        HALF: tl.constexpr = _half(x.shape[1])
+        left, right = _halves(_settled(x))
+        found = product(left, weight, INPUTS, FIRST_OUT, OUTS, OUT_COLS, FIRST_IN, min(INS, HALF), PRECISION)
+        if INS > HALF:
+            found += product(right, weight, INPUTS, FIRST_OUT, OUTS, OUT_COLS, FIRST_IN + HALF, INS - HALF, PRECISION)
+        return _settled(found)
     block = _load_weight(weight, INPUTS, FIRST_OUT, OUTS, OUT_COLS, FIRST_IN, INS, x.shape[1], True)
     return _dot(x.to(block.dtype), block, PRECISION, x.dtype)
 
@@ -95,6 +130,15 @@ def product_backward(
     INS: tl.constexpr, IN_COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad [BLOCK, outputs] times a block of the weight: the gradient of `product` for x."""
+    if _is_cut(grad.shape[1], weight.dtype.element_ty, PRECISION):
+        HALF: tl.constexpr = _half(grad.shape[1])
+        left, right = _halves(_settled(grad))
+        found = product_backward(left, weight, INPUTS, FIRST_OUT, min(OUTS, HALF), FIRST_IN, INS, IN_COLS, PRECISION)
+        if OUTS > HALF:
+            found += product_backward(
+                right, weight, INPUTS, FIRST_OUT + HALF, OUTS - HALF, FIRST_IN, INS, IN_COLS, PRECISION
+            )
+        return _settled(found)
     block = _load_weight(weight, INPUTS, FIRST_OUT, OUTS, grad.shape[1], FIRST_IN, INS, IN_COLS, False)
     return _dot(grad.to(block.dtype), block, PRECISION, grad.dtype)
 

@@ -157,7 +157,7 @@ def test_tiles_that_share_a_place(device, monkeypatch):
 def test_tuned_tiles_give_what_pinned_ones_give(device, monkeypatch, tmp_path):
     """What is run to be timed leaves nothing behind: outputs and gradients are those of the tile alone, to the bit."""
     arguments = message(Inputs([4, 21, 2], 3, torch.float32, device), dropout=0.2)
-    monkeypatch.setenv(kernels.ROWS, "64")
+    monkeypatch.setenv(kernels.ROWS, "128")
     expected = results(TRITON, arguments)
     monkeypatch.delenv(kernels.ROWS)
     timed = []
@@ -169,7 +169,7 @@ def test_tuned_tiles_give_what_pinned_ones_give(device, monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "milliseconds", lambda call: timed.append(call()) or -(len(timed) % 3 == 2))
     with nan_poisoned():
         found = results(TRITON, arguments)
-    assert [section.tile.rows for section in tuning._chosen.values()] == [64] * 6 and len(timed) == 18
+    assert [section.tile.rows for section in tuning._chosen.values()] == [128] * 6 and len(timed) == 18
     assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
 
 
