@@ -113,6 +113,10 @@ at::Tensor pooled_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::from_blob(block, sizes, [bytes](void* data) { pool().give(data, bytes); }, at::TensorOptions(dtype));
 }
 
+at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return options.device().is_cpu() ? pooled_empty(sizes, c10::typeMetaToScalarType(options.dtype())) : at::empty(sizes, options);
+}
+
 at::Tensor pooled_cast(const at::Tensor& tensor, at::ScalarType dtype) {
   if (tensor.scalar_type() == dtype) return tensor;
   at::Tensor cast = pooled_empty(tensor.sizes(), dtype);

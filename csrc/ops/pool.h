@@ -15,6 +15,9 @@ constexpr int64_t pool_smallest = 1 << 18;
 // An uninitialised contiguous CPU tensor.
 at::Tensor pooled_empty(at::IntArrayRef sizes, at::ScalarType dtype);
 
+// As at::empty; of the pool on the CPU.
+at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 // The tensor itself if it has the dtype, else a copy in it.
 at::Tensor pooled_cast(const at::Tensor& tensor, at::ScalarType dtype);
 

@@ -15,6 +15,7 @@
 
 #include "cpu/segment_reduce.h"
 #include "ops/common.h"
+#include "ops/pool.h"
 #ifdef SCALEGMN_CUDA
 #include "cuda/segment_reduce.h"
 #endif
@@ -126,8 +127,8 @@ void run_forward(SegmentReduceArgs args, const at::Tensor& x) {
   const bool long_possible = args.slots > segment_cell;
   if (long_possible) {
     const int64_t cells = segment_cells(args.slots);
-    partial = at::empty({cells, 2, 5, args.width}, x.options().dtype(wide_of(x)));
-    partial_at = at::empty({cells, 2, 2, args.width}, x.options().dtype(at::kLong));
+    partial = pooled_empty({cells, 2, 5, args.width}, x.options().dtype(wide_of(x)));
+    partial_at = pooled_empty({cells, 2, 2, args.width}, x.options().dtype(at::kLong));
     args.partial = partial.mutable_data_ptr();
     args.partial_at = partial_at.mutable_data_ptr();
   }
@@ -165,9 +166,9 @@ void fill_segment_of_slot(const SegmentReduceArgs& args, at::Tensor& segment_of_
 void backward_cpu(SegmentReduceArgs& args, const at::Tensor& ptr, at::Tensor& row_ptr, at::Tensor& row_slots,
                   at::Tensor& segment_of_slot) {
   if (args.order != nullptr) {
-    row_ptr = at::empty({args.rows + 1}, ptr.options());
-    row_slots = at::empty({args.slots}, ptr.options());
-    segment_of_slot = at::empty({args.slots}, ptr.options());
+    row_ptr = pooled_empty({args.rows + 1}, ptr.options());
+    row_slots = pooled_empty({args.slots}, ptr.options());
+    segment_of_slot = pooled_empty({args.slots}, ptr.options());
     if (args.wide_index) {
       invert_order<int64_t>(args, row_ptr, row_slots);
       fill_segment_of_slot<int64_t>(args, segment_of_slot);
@@ -210,8 +211,8 @@ std::tuple<at::Tensor, at::Tensor> segment_reduce(const at::Tensor& x, const at:
   const c10::DeviceGuard guard(x.device());
   check_rows(x, "x");
   SegmentReduceArgs args = prepare(x, ptr, order, reduce, eps);
-  at::Tensor out = at::empty({args.segments, args.num_reductions, args.width}, x.options());
-  at::Tensor arg = at::empty({args.segments, args.min + args.max, args.width}, ptr.options());
+  at::Tensor out = pooled_empty({args.segments, args.num_reductions, args.width}, x.options());
+  at::Tensor arg = pooled_empty({args.segments, args.min + args.max, args.width}, ptr.options());
   args.out = out.mutable_data_ptr();
   args.arg = arg.mutable_data_ptr();
   run_forward(args, x);
@@ -231,18 +232,18 @@ at::Tensor segment_reduce_backward(const at::Tensor& grad, const at::Tensor& x, 
                     "arg: expected what forward returned, got ", arg.scalar_type(), " of shape ", arg.sizes());
   if (args.moments) check_rows(x, "x");
   if (x.numel() == 0 || args.segments == 0 || args.slots == 0) return at::zeros(x.sizes(), x.options());
-  at::Tensor grad_x = at::empty(x.sizes(), x.options());
+  at::Tensor grad_x = pooled_empty(x.sizes(), x.options());
   const auto wide = x.options().dtype(wide_of(x));
   at::Tensor means;
   if (args.moments) {
-    means = at::empty({args.segments, 2, args.width}, wide);
+    means = pooled_empty({args.segments, 2, args.width}, wide);
     SegmentReduceArgs moments = args;
     moments.sum = moments.min = moments.max = false;
     moments.means = means.mutable_data_ptr();
     run_forward(moments, x);
     args.means = means.mutable_data_ptr();
   }
-  at::Tensor coefficients = at::empty({args.segments, args.moments ? 3 : 1, args.width}, wide);
+  at::Tensor coefficients = pooled_empty({args.segments, args.moments ? 3 : 1, args.width}, wide);
   args.coefficients = coefficients.const_data_ptr();
   args.grad = grad.const_data_ptr();
   args.arg = arg.data_ptr();

@@ -2,7 +2,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -11,6 +10,7 @@
 
 #include "cpu/symmetrize.h"
 #include "ops/common.h"
+#include "ops/pool.h"
 #ifdef SCALEGMN_CUDA
 #include "cuda/symmetrize.h"
 #endif
@@ -130,7 +130,7 @@ at::Tensor symmetrize(const at::Tensor& h, const std::optional<at::Tensor>& bias
                       std::string_view kind, std::string_view activation, double eps, double w0) {
   const c10::DeviceGuard guard(h.device());
   Call call = prepare(h, bias, norm_weight, norm_bias, kind, activation, eps, w0);
-  at::Tensor out = at::empty_like(h);
+  at::Tensor out = pooled_empty(h.sizes(), h.options());
   if (h.numel() == 0) return out;
   call.args.out = out.mutable_data_ptr();
 #ifdef SCALEGMN_CUDA
@@ -150,7 +150,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> symmetrize_backward(
   const c10::DeviceGuard guard(h.device());
   Call call = prepare(h, bias, norm_weight, norm_bias, kind, activation, eps, w0);
   check_like(grad, "grad", h, "h");
-  at::Tensor grad_h = at::empty_like(h), partial, sums;
+  at::Tensor grad_h = pooled_empty(h.sizes(), h.options()), partial, sums;
   SymmetrizeArgs& args = call.args;
   if (h.numel() > 0) {
     args.grad = grad.const_data_ptr();
