@@ -57,6 +57,38 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
+def register_list_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """`register_autograd` of an op whose first argument is the list of tensors that it is differentiated by.
+
+    ``backward`` gives the gradients of that list, and no others. What PyTorch generates for lists takes all arguments
+    apart as trees and puts them together again, at every call and in Python: of a small step a good part.
+    """
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def run(keys, tensors, others):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, tensors, *others)
+
+    class Differentiated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keys, others, *tensors):
+            output = run(keys, list(tensors), others)
+            setup_context(ctx, (list(tensors), *others), output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None, None, *backward(ctx, ctx.needs_input_grad[2:], *grads)
+
+    def kernel(keys, tensors, *others):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return Differentiated.apply(keys, others, *tensors)
+        return run(keys, tensors, others)
+
+    Differentiated.__name__ = Differentiated.__qualname__ = f"Differentiated_{name}"
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
 def gradients_through(
     formula: Callable[..., Tensor | tuple[Tensor, ...]],
     tensors: Sequence[Tensor | None],

@@ -128,17 +128,15 @@ def _saved(ctx):
     return list(saved[:num_tensors]), list(saved[num_tensors:split]), *saved[split:]
 
 
-def _first_order(ctx, grad_reduced, grad_rows, grad_kept, grad_extremes):
+def _first_order(ctx, wanted, grad_reduced, grad_rows, grad_kept, grad_extremes):
     tensors, indices, ptr, seed, reduced, kept, extremes = _saved(ctx)
-    wanted = list(ctx.needs_input_grad[0])
     grad_reduced, grad_rows = (
         reduced.new_zeros(shape, dtype=dtype) if grad is None else grad
         for grad, (shape, dtype) in zip((grad_reduced, grad_rows), ctx.results, strict=True)
     )
     program = (tensors, indices, ctx.bounds, ctx.code, ctx.constants, ptr, seed)
     grads = _backward_op(grad_reduced, grad_rows, reduced, kept, extremes, *program, wanted)
-    found = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    return found, [None] * len(indices), None, None, None, None, None
+    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
 
 
 def _save_backward(ctx, inputs, output):
@@ -160,7 +158,7 @@ def _second_order(ctx, cotangents):
     return *grads[:2], None, None, None, grads[2:], [None] * len(indices), *[None] * 6
 
 
-library.register_autograd("row_program", _first_order, _save)
+library.register_list_autograd("row_program", _first_order, _save)
 library.register_autograd("row_program_backward", _second_order, _save_backward)
 
 
