@@ -285,8 +285,8 @@ class ForwardGnn(_Gnn):
             e = e if updated_e is None else updated_e
             rows = node_classes(graph, receivers)
             update_p = narrow(p, 0, receivers) if options.gnn["pos_embed_upd"] else None
-            updated = layer.update_nodes(x[:receivers], aggregated, update_p, rows)
-            x = self.next_x(index, x[:receivers], updated)
+            x = narrow(x, 0, receivers)
+            x = self.next_x(index, x, layer.update_nodes(x, aggregated, update_p, rows))
         return x, e
 
     def ends(self, graph: GraphBatch, x: Tensor) -> Tensor:

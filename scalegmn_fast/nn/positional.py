@@ -134,9 +134,9 @@ class PositionalEncoding(PlannedModule):
             return x + p
         if self.param == "edge" or not self.sum_on_io:
             return x * p
-        start, length = classes.range_of("hidden")
-        stop = start + length
-        return torch.cat([x[:start] + p[:start], x[start:stop] * p[start:stop], x[stop:] + p[stop:]])
+        sizes = [classes.last, classes.hidden, classes.first]
+        (last, hidden, first), (p_last, p_hidden, p_first) = x.split(sizes), p.split(sizes)
+        return torch.cat([last + p_last, hidden * p_hidden, first + p_first])
 
     def _equivariant(self, x: Tensor, types: Tensor, classes: RowClasses) -> Tensor:
         p = GatheredRows(self.pos_embed, types)

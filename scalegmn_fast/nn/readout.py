@@ -46,11 +46,10 @@ class InvariantReadout(SymmetryPair):
 
     def embed(self, x: Tensor, classes: RowClasses, order: Tensor, ptr: Tensor) -> Tensor:
         """[B, d_rho + d_in * num_io_nodes]: what ``global_mlp`` reads."""
-        start, length = classes.range_of("hidden")
-        hidden = self.invariant(x.narrow(0, start, length), None, classes.only("hidden"))
+        last, hidden, first = x.split([classes.last, classes.hidden, classes.first])
+        hidden = self.invariant(hidden, None, classes.only("hidden"))
         summed = ops.segment_reduce(hidden, ptr, "sum", order=order)
         graphs = summed.shape[0]
-        last, first = x[:start], x[start + length :]
         ends = torch.cat([first.reshape(graphs, -1), last.reshape(graphs, -1)], dim=1)
         return torch.cat([summed, ends], dim=1)
 
