@@ -31,6 +31,9 @@ class WarmupLRScheduler(LRScheduler):
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], name: str, args: Mapping) -> torch.optim.Optimizer:
     """Makes ``torch.optim.<name>(parameters, **args)``.
 
+    On the CPU PyTorch's fused kernel steps all parameters at once, where the optimiser has one and ``args`` ask for no
+    other (``fused: false``, ``foreach``, ``capturable``, ``differentiable``); it rounds differently.
+
     Raises ValueError for a name that is no optimiser and for an argument that it does not take, naming the nearest
     valid one.
     """
@@ -44,7 +47,12 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], name: str, args: M
         if key not in accepted:
             near = difflib.get_close_matches(key, accepted, n=1, cutoff=0.0)
             raise ValueError(f"optimization.optimizer_args.{key}: {name} has none; the nearest is '{near[0]}'")
-    return cls(list(parameters), **{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
+    parameters = list(parameters)
+    asked = options.keys() & {"fused", "foreach", "capturable", "differentiable"}
+    if "fused" in accepted and not asked and all(parameter.device.type == "cpu" for parameter in parameters):
+        options["fused"] = True
+    return cls(parameters, **options)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, args: Mapping) -> LRScheduler | ReduceLROnPlateau | None:

@@ -63,6 +63,32 @@ def test_any_torch_optimiser_by_name():
     assert type(optimizer) is torch.optim.Adam and optimizer.defaults["betas"] == (0.8, 0.9)
 
 
+@pytest.mark.parametrize(("name", "args"), [
+    ("AdamW", {"lr": 0.1, "weight_decay": 0.1}),
+    ("Adam", {"lr": 0.1, "amsgrad": True}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9}),
+])  # fmt: skip
+def test_on_the_cpu_one_kernel_steps_all_parameters(name, args):
+    """Unless the arguments say otherwise; to rounding the steps are the same."""
+    stepped = []
+    for options in (args, {**args, "fused": False}, {**args, "foreach": False}):
+        parameters = [torch.nn.Parameter(torch.linspace(-1, 1, n, dtype=torch.float64)) for n in (3, 50)]
+        optimizer = build_optimizer(parameters, name, options)
+        assert optimizer.defaults["fused"] is (True if options is args else options.get("fused"))
+        for _ in range(3):
+            optimizer.zero_grad()
+            sum((p**3).sum() for p in parameters).backward()
+            optimizer.step()
+        stepped.append(torch.cat([p.detach() for p in parameters]))
+    torch.testing.assert_close(stepped[0], stepped[1], rtol=1e-12, atol=1e-12)
+    assert torch.equal(stepped[1], stepped[2])
+
+
+def test_an_optimiser_without_such_a_kernel_is_made_as_ever():
+    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], "RMSprop", {"lr": 0.1})
+    assert type(optimizer) is torch.optim.RMSprop and "fused" not in optimizer.defaults
+
+
 @pytest.mark.parametrize(("name", "args", "message"), [
     ("AdamV", {}, "nearest is 'Adam"),
     ("Optimizer", {}, "is not in torch.optim"),
