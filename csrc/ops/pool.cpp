@@ -114,7 +114,8 @@ at::Tensor pooled_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
 }
 
 at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  return options.device().is_cpu() ? pooled_empty(sizes, c10::typeMetaToScalarType(options.dtype())) : at::empty(sizes, options);
+  if (!options.device().is_cpu()) return at::empty(sizes, options);
+  return pooled_empty(sizes, c10::typeMetaToScalarType(options.dtype()));
 }
 
 at::Tensor pooled_cast(const at::Tensor& tensor, at::ScalarType dtype) {
