@@ -6,6 +6,8 @@ import triton.language as tl
 
 LAYER_NORM_EPS = 1e-5
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 # A tile holds 8 elements per thread: two 16-byte loads of float32 in flight per tensor, and room in registers for the
 # nine tiles that the widest backward pass keeps.
 ELEMENTS_PER_THREAD = 8
