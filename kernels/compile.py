@@ -295,8 +295,11 @@ def compile_merge(reduction, architecture):
 
 
 def row_usage(case, architecture):
-    """The `Usage` of each kernel of `row_section(*case, architecture)`."""
-    return [usage(kernel) for kernel in compile_section(row_section(*case, architecture), architecture)]
+    """Of `row_section(*case, architecture)`: its tile, the `Usage` of each of its kernels, the sum of `issue_slots`."""
+    section = row_section(*case, architecture)
+    kernels = compile_section(section, architecture)
+    slots = sum(issue_slots(kernel, section.tile.rows) for kernel in kernels)
+    return section.tile, [usage(kernel) for kernel in kernels], slots
 
 
 def _from_scratch(folder):
@@ -320,12 +323,26 @@ def compile_all(builds, jobs, function=compile_build):
         return dict(zip(pairs, pool.map(function, *zip(*pairs, strict=True), chunksize=chunk), strict=True))
 
 
-def usage(compiled):
-    """The `Usage` of a compiled kernel, read from its machine code by the cuobjdump that comes with Triton."""
+def _tool(path, option, compiled):
+    """What a program that comes with Triton says of a compiled kernel's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run([path, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def usage(compiled):
+    """The `Usage` of a compiled kernel, read from its machine code."""
+    listing = _tool(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", compiled)
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
     return Usage(found["REG"], found["STACK"] + found["LOCAL"], compiled.shared, compiled.warps)
+
+
+def issue_slots(compiled, rows):
+    """Cycles per row in which the four schedulers of a multiprocessor do nothing but issue a kernel's instructions.
+
+    rows: of a program. Of loops, which are those over the segments of a tile, one turn is counted.
+    """
+    listing = _tool(triton.knobs.nvidia.nvdisasm.path, "--print-code", compiled)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", listing, re.MULTILINE)
+    return len(instructions) * compiled.warps / 4 / rows

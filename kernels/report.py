@@ -19,7 +19,6 @@ from .compile import (
     SHARED_MEMORY,
     compile_all,
     configurations,
-    row_section,
     row_usage,
     usage,
     variants,
@@ -93,20 +92,20 @@ def page(jobs):
 
 
 def row_table(jobs):
-    """A Markdown table of the kernels of row programs: the most that one of a section's kernels needs."""
+    """A Markdown table of the kernels of row programs: the most that one of a section's needs, and all issue slots."""
     cases = [(name, direction, *case) for name, *case in ROW_CASES for direction in ("forward", "backward")]
     usages = compile_all(cases, jobs, row_usage)
     lines = ["| program | kernels | products | width | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |"]
     lines.append("| --- " * (4 + len(ARCHITECTURES)) + "|")
     for case in cases:
         name, direction, width, dtype, precision = case
-        cells = [name, f"{direction}, {len(usages[case, ARCHITECTURES[0]])}"]
+        cells = [name, f"{direction}, {len(usages[case, ARCHITECTURES[0]][1])}"]
         cells += ["bf16" if dtype == torch.bfloat16 else precision, str(width)]
         for architecture in ARCHITECTURES:
-            used, rows = usages[case, architecture], row_section(*case, architecture).tile.rows
+            tile, used, slots = usages[case, architecture]
             shared, spills = max(u.shared for u in used), [u.spills for u in used]
             spilled = f"{max(spills)} B in {sum(spill > 0 for spill in spills)}" if any(spills) else "no spills"
-            cells.append(f"{rows} rows, {shared // 1024} KB, {spilled}")
+            cells.append(f"{tile.rows} x {tile.warps}, {shared // 1024} KB, {spilled}, {slots:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -3,10 +3,10 @@
 Forward: a program runs all steps on one tile of rows and reduces its rows per segment. A segment that spans tiles is
 left in parts, one per tile, which a merging kernel joins in order (see `row_reductions`).
 
-Backward: `PROGRAMS` tiles at a time. Gradients of parameters are summed in a place per program, and the places are
-added up; gradients of rows read through an index are written in the order of the rows, and added up per
-row of the table by `segment_reduce`, through the sorted index. No float atomics: every order of summation depends on
-the sizes alone.
+Backward: at most `ROWS_AT_A_TIME` rows at a time. Gradients of parameters are summed in a place per program, and the
+places are added up; gradients of rows read through an index are written in the order of the rows, and added up per row
+of the table by `segment_reduce`, through the sorted index. No float atomics: every order of summation depends on the
+sizes alone.
 """
 
 import functools
@@ -25,7 +25,7 @@ from .segment_reduce import segment_reduce
 from .sorted_index import sorted_index
 from .tiles import accumulator_type, launch_options
 
-PROGRAMS = 264
+ROWS_AT_A_TIME, MAX_PROGRAMS = 16896, 264
 MERGE_LANES, MERGE_COLS, MERGE_WARPS = 16, 128, 4
 # {reduction: the kernel that merges parts, its tensors}
 MERGES = {
@@ -44,7 +44,6 @@ TYPES = {
     torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 HOPPER, BLACKWELL = range(90, 100), range(100, 110)
-WARPS = 8
 ROWS = "SCALEGMN_FAST_TRITON_ROWS"
 PRECISION = "SCALEGMN_FAST_TRITON_DOT"
 PRECISIONS = ("ieee", "tf32x3", "tf32")
@@ -65,21 +64,29 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile_of(size, low_precision, backward, architecture):
-    """The launch configuration of a section's kernels: as many rows as hardly spill (docs/gpu-engine.md).
+def tile_of(size, precision, backward, architecture):
+    """The launch configuration of a section's kernels (docs/gpu-engine.md).
 
-    size: the most numbers in a weight, or 64 times the columns of the widest tile if that is more; low_precision: all
-    weights are of two bytes; architecture: 10 times the compute capability.
+    size: the most numbers in a weight, or 64 times the columns of the widest row if that is more; precision: of its
+    float32 products, "low" if all weights are of two bytes; architecture: 10 times the compute capability.
     """
-    if not low_precision:
-        return Tile(64 if size <= 64 * 128 else 32 if size <= 128 * 128 else 16, WARPS)
-    if size > 128 * 128:
-        return Tile(16, WARPS)
+    small, narrow = size <= 128 * 128, size <= 64 * 128
+    if precision == "ieee":
+        return Tile(64 if narrow else 32 if small else 16, 8)
     if architecture in HOPPER or architecture in BLACKWELL:
-        return Tile(64, WARPS)
-    if size > 64 * 128:
-        return Tile(16 if backward else 32, WARPS)
-    return Tile(32 if backward else 64, WARPS)
+        # Four warps multiply 64 rows there: with fewer rows per warp several compute the same.
+        fewer = narrow or precision == "tf32x3" or (backward and not small)
+        return Tile(64, 4) if fewer else Tile(128, 8)
+    if precision == "tf32x3":
+        return Tile(32 if small else 16, 8)
+    if narrow:
+        return Tile(64, 4)
+    return Tile(32, 4) if small else Tile(32 if precision == "low" else 16, 8)
+
+
+def programs_at_a_time(tile):
+    """How many tiles go through the backward kernels in one launch: each has a place in scratch."""
+    return min(MAX_PROGRAMS, ROWS_AT_A_TIME // tile.rows)
 
 
 def pinned_tile():
@@ -87,7 +94,7 @@ def pinned_tile():
     chosen = os.environ.get(ROWS)
     if chosen and chosen not in ("16", "32", "64", "128"):
         raise ValueError(f"{ROWS}: expected 16, 32, 64 or 128, got {chosen!r}")
-    return Tile(int(chosen), WARPS) if chosen else None
+    return Tile(int(chosen), 8 if chosen == "128" else 4) if chosen else None
 
 
 def architecture_of(device):
@@ -204,9 +211,9 @@ def plan(code, constants, count, operands, indices, wanted, precision, architect
         if logits >= 0:
             row_source.heads_and_width(parts[reduced], parts[logits])
         weights = [operands[step.t0] for step in steps if step.op == "linear"]
-        low = all(dtype.itemsize == 2 for dtype, _ in weights)
+        how = "low" if all(dtype.itemsize == 2 for dtype, _ in weights) else precision
         size = max(64 * max(map(row_source.columns, parts)), *(math.prod(shape) for _, shape in weights), 0)
-        tile = pinned or tile_of(size, low, wanted is not None, architecture)
+        tile = pinned or tile_of(size, how, wanted is not None, architecture)
         request = Request(
             steps, written, reduced, logits, section.reduction,
             tuple(Operand(t, TYPES[operands[t][0]], shapes[t]) for t in numbers),
@@ -443,14 +450,16 @@ def _backward(planned, bounds, tensors, indices, named, wide):
         if section is None or begin == end or not section.request.wanted:
             continue
         source = section.source
-        programs = min(PROGRAMS, triton.cdiv(end - begin, section.tile.rows))
+        tiles = triton.cdiv(end - begin, section.tile.rows)
+        most = programs_at_a_time(section.tile)
+        programs = min(most, tiles)
         slots = like.new_empty((programs, source.slot_size), dtype=wide)
-        saved = like.new_empty((programs, source.saved_size), dtype=wide)
+        kept_in = torch.bfloat16 if source.saved_type == "bf16" else wide
+        saved = like.new_empty((programs, source.saved_size), dtype=kept_in)
         here = named | gradients.named(section, begin) | {"begin": begin, "end": end}
         here |= {"slots": slots, "saved_tiles": saved}
-        tiles = triton.cdiv(end - begin, section.tile.rows)
-        for first in range(0, tiles, PROGRAMS):
-            kernels += _launch(section, min(PROGRAMS, tiles - first), here | {"first_tile": first})
+        for first in range(0, tiles, most):
+            kernels += _launch(section, min(most, tiles - first), here | {"first_tile": first})
         if source.slot_size:
             gradients.add_parameters(section, slots)
     return gradients, kernels

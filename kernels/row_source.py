@@ -4,10 +4,11 @@ A step's rows are tiles of at most MAX_COLS columns ("parts") in registers: wide
 of them side by side. The forward kernel runs the steps in order on one tile of rows per program.
 
 Backward is a chain of kernels ("stages") that run on the same tiles. The first keeps the results of the linear steps
-that derivatives depend on (`saved`, a place per tile). Then the steps come in reverse: a stage is a linear step and
-what comes before it up to the next one, and gradients pass from stage to stage in `saved`. Everything else is computed
-again from there where it is read. One kernel for all of it would need many times the registers that there are.
-Gradients of parameters are added up in a place per tile (`slots`), which the tiles of later launches use again.
+that derivatives depend on (`saved`, a place per tile; in bfloat16 where results are). Then the steps come in
+reverse: a stage is a linear step and what comes before it up to the next one, and gradients pass from stage to stage in
+`saved`. Everything else is computed again from there where it is read. One kernel for all of it would need many times
+the registers that there are. Gradients of parameters are added up in a place per tile (`slots`), which the tiles of
+later launches use again.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from . import row_reductions, row_steps
 from .activations import activate, activation_derivative
 from .tiles import next_power_of_2
 
-MAX_COLS = 128
+MAX_COLS = 64
 MIN_COLS = 16  # of a product's operand
 MAX_WIDTH = 1024
 
@@ -69,7 +70,7 @@ class Source:
     Attributes:
         arguments: (name, type) in order, of each kernel.
         parameters: (tensor, offset, size) in a program's place of `slots`, of slot_size numbers in all.
-        saved_size: numbers of a program's place of `saved`.
+        saved_size, saved_type: of a program's place of `saved`.
         direct: (tensor, how often): tables whose gradients' rows are written by number.
         gathered: (tensor, index): tables whose gradients' rows are written in the order of the rows.
     """
@@ -80,6 +81,7 @@ class Source:
     parameters: tuple = ()
     slot_size: int = 0
     saved_size: int = 0
+    saved_type: str = ""
     direct: tuple = ()
     gathered: tuple = ()
 
@@ -143,6 +145,7 @@ class _Writer:
         self.request = request
         self.steps = request.steps
         self.shapes = {operand.number: operand.shape for operand in request.operands}
+        self.types = {operand.number: operand.dtype for operand in request.operands}
         self.parts = partitions(request.steps, self.shapes)
         self.lines = []
         self.names = 0
@@ -221,17 +224,23 @@ class _Writer:
 
     # -- forward steps
 
+    def centred(self, x, number):
+        """x less the mean of its row."""
+        mean = self.new(f"({self.total(x)}) / {self.width(number)}")
+        counts = [str(count) for count in self.parts[number]]
+        return self.each("centred({}, " + mean + ", {})", x, counts)
+
+    def norm_of_centred(self, centred, number, weight, shift):
+        """As `norm`, of rows whose mean is 0."""
+        rstd = self.new(f"deviation({self.total(centred, '{0} * {0}')}, {self.width(number)})")
+        normal = self.each("{} * " + rstd + "[:, None]", centred)
+        return self.each("{} * {} + {}", normal, self.vector(weight, number), self.vector(shift, number)), normal, rstd
+
     def norm(self, x, number, weight, shift):
         """(LN(x), standardised x, 1 / deviation); (x, None, None) without a norm."""
         if weight < 0:
             return x, None, None
-        width = self.width(number)
-        mean = self.new(f"({self.total(x)}) / {width}")
-        counts = [str(count) for count in self.parts[number]]
-        centred = self.each("centred({}, " + mean + ", {})", x, counts)
-        rstd = self.new(f"deviation({self.total(centred, '{0} * {0}')}, {width})")
-        normal = self.each("{} * " + rstd + "[:, None]", centred)
-        return self.each("{} * {} + {}", normal, self.vector(weight, number), self.vector(shift, number)), normal, rstd
+        return self.norm_of_centred(self.centred(x, number), number, weight, shift)
 
     def activated(self, pre, number, step):
         name = list(ACTIVATIONS)[step.activation]
@@ -248,12 +257,19 @@ class _Writer:
         return self.each(f"activation_derivative({{}}, '{name}', {step.p0!r})", pre)
 
     def branches(self, a, number, step):
-        """The two arguments of a symmetrised activation, after its norm: (LN, standardised, 1 / deviation) of each."""
-        bias = self.vector(step.t0, number)
-        plus, minus = (a, self.each("-{}", a)) if bias is None else (
-            self.each("{} + {}", bias, a), self.each("{} - {}", bias, a)
-        )  # fmt: skip
-        return [self.norm(x, number, step.t1, step.t2) for x in (plus, minus)]
+        """The two arguments of a symmetrised activation, after its norm: (LN, standardised, 1 / deviation) of each.
+
+        The statements of one are written when it is asked for: both at once would not stay in registers.
+        """
+        bias, normed = self.vector(step.t0, number), step.t1 >= 0
+        if normed:
+            a, bias = self.centred(a, number), None if bias is None else self.centred(bias, number)
+        for sign in "+-":
+            if bias is None:
+                x = a if sign == "+" else self.each("-{}", a)
+            else:
+                x = self.each("{} " + sign + " {}", bias, a)
+            yield self.norm_of_centred(x, number, step.t1, step.t2) if normed else (x, None, None)
 
     def scaled(self, a, eps):
         """Rows in a range where their squares are finite: (factor, rows, norm, whether it is 0, norm + eps)."""
@@ -272,19 +288,45 @@ class _Writer:
             for name, (first, _, _) in zip(x, self.layout(number), strict=True)
         ]
 
+    def is_exact(self, tensor):
+        """Whether products with a weight are those of IEEE float32, which tensor cores do not do."""
+        return self.request.precision == "ieee" and self.types[tensor] == "fp32"
+
+    def operands(self, tensor, x, layout):
+        """(rows, first column, count, columns) of what is multiplied by a weight: x, in parts as the layout says.
+
+        Of at most 16 columns where tensor cores do not multiply: such operands would fill the registers.
+        """
+        cut = self.is_exact(tensor)
+        for rows, (first, count, cols) in zip(x, layout, strict=True):
+            if cut and cols > MIN_COLS:
+                pair, half = self.new(f"halves({rows})"), cols // 2
+                sides = (0, min(count, half), half), (half, count - half, half)
+                for k, (at, inside, _) in enumerate(sides):
+                    if inside > 0:
+                        yield from self.operands(tensor, [f"{pair}[{k}]"], [(first + at, inside, half)])
+            else:
+                yield rows, first, count, cols
+
+    def products(self, tensor, blocks):
+        """{k: the sum of the products that go there}; blocks: (k, rows, which block of the weight `tensor`)."""
+        found, weight = {}, self.tensor(tensor)
+        for k, x, where in blocks:
+            product = f"product({x}, {self.new(f'load_weight({weight}, {where})', 'w')}, PRECISION)"
+            if k in found:
+                total = f"{found[k]} + {product}"
+                product = f"settled({total})" if self.is_exact(tensor) else total
+            found[k] = self.new(product)
+        return found
+
     def linear(self, a, number, step):
-        weight, inputs = self.tensor(step.t0), self.width(step.a)
-        found = []
-        for first, count, cols in self.layout(number):
-            products = [
-                f"product({x}, {weight}, {inputs}, {first}, {count}, {cols}, {in_first}, {in_count}, PRECISION)"
-                for x, (in_first, in_count, _) in zip(a, self.layout(step.a), strict=True)
-            ]
-            name = self.new(products[0])
-            for other in products[1:]:
-                name = self.new(f"{name} + {other}")
-            found.append(name)
-        bias = self.vector(step.t1, number)
+        inputs = self.width(step.a)
+        found = self.products(step.t0, (
+            (k, x, f"{inputs}, {first}, {count}, {cols}, {in_first}, {in_count}, {in_cols}, True")
+            for k, (first, count, cols) in enumerate(self.layout(number))
+            for x, in_first, in_count, in_cols in self.operands(step.t0, a, self.layout(step.a))
+        ))  # fmt: skip
+        found, bias = list(found.values()), self.vector(step.t1, number)
         return found if bias is None else self.each("{} + {}", found, bias)
 
     def of_heads(self, numbers, number, logits):
@@ -380,6 +422,20 @@ class _Writer:
 
     # -- the whole
 
+    def loading_ahead(self, lines):
+        """Statements with each block of a weight loaded before the product that comes before its own."""
+        if any(step.op == "linear" and self.is_exact(step.t0) for step in self.steps):
+            return lines  # arithmetic takes longer than loads there, and needs the registers
+        found, last = [], None
+        for line in lines:
+            if "= load_weight(" in line and last is not None:
+                found.insert(last, line)
+                last += 1
+            else:
+                last = len(found) if " product(" in line else last
+                found.append(line)
+        return found
+
     def prologue(self, lines):
         """What statements on the rows of `tile` read: row numbers, rows that indices name, segments, places."""
         block = self.request.block
@@ -398,10 +454,13 @@ class _Writer:
             found.append(f"slot = slots + first * {self.slot_size}")
         return found
 
+    def body(self, lines):
+        """A kernel's statements."""
+        return [*self.prologue(lines), *self.loading_ahead(lines)]
+
     def inputs(self):
         """(name, type) of the arguments that both kernels have."""
-        types = {operand.number: operand.dtype for operand in self.request.operands}
-        found = [(f"t{number}", "*" + types[number]) for number in sorted(self.used_tensors)]
+        found = [(f"t{number}", "*" + self.types[number]) for number in sorted(self.used_tensors)]
         found += [(f"i{number}", "*" + dict(self.request.indices)[number]) for number in sorted(self.used_indices)]
         if self.request.reduced >= 0:
             found.append(("ptr", "*i64"))
@@ -450,7 +509,7 @@ def forward_source(request):
     scalars = writer.scalars() + ([("first_tile", "i64")] if reduced >= 0 else [])
     arguments = (*writer.inputs(), *outputs, *scalars)
     names = ", ".join(name for name, _ in arguments)
-    lines = ["tile = tl.program_id(0).to(tl.int64)", *writer.prologue(writer.lines), *writer.lines]
+    lines = ["tile = tl.program_id(0).to(tl.int64)", *writer.body(writer.lines)]
     text = [_precision(request), HEADER, f"def forward_kernel({names}):", *("    " + line for line in lines)]
     return Source("\n".join(text) + "\n", arguments, ("forward_kernel",))
 
@@ -469,6 +528,8 @@ class _Backward(_Writer):
             self.wants.append(any(read) or bool(self.wanted & {step.t0, step.t1, step.t2}))
         self.grads, self.carried = {}, {}
         self.saved, self.saved_size = {}, 0
+        # Half the memory traffic, no less exact than results in bfloat16. float16's range would not do for gradients.
+        self.saved_type = "bf16" if request.result == "bf16" else _short(request.acc)
         self.idle, self.leaving = {}, []  # places of `saved`, {columns: offsets} and (columns, offset)
         self.parameters, self.slot_size = {}, 0
         self.direct, self.gathered = {}, {}
@@ -503,7 +564,7 @@ class _Backward(_Writer):
     def read(self, places, number):
         """Tiles that were kept."""
         return [
-            self.new(f"saved(kept_tiles + {at}, {cols}, {self.request.block})")
+            self.new(f"saved(kept_tiles + {at}, {cols}, {self.request.block}, {self.request.acc})")
             for at, (_, _, cols) in zip(places, self.layout(number), strict=True)
         ]
 
@@ -590,12 +651,18 @@ class _Backward(_Writer):
 
     def backward(self, number):
         """The statements that give the gradients of what a step reads, from that of its result."""
-        step, grad, known = self.steps[number], self.grad(number), {}
+        step, known = self.steps[number], {}
         a = step.a
 
         def value(k):
             return self.recomputed(k, known)
 
+        if step.op == "linear":
+            # Before the gradient is read: what computes it needs the registers.
+            x = value(a) if step.t0 in self.wanted else None
+            self.linear_backward(number, step, self.grad(number), x)
+            return
+        grad = self.grad(number)
         match step.op:
             case "load":
                 self.give_rows(step, number, grad)
@@ -613,8 +680,6 @@ class _Backward(_Writer):
                     self.give_rows(step, number, [self.new(f"{along}[:, None]")])
                 if self.wants[a]:
                     self.give(a, self.each("{} * {}", grad, self.rows_of(step, number)))
-            case "linear":
-                self.linear_backward(number, step, grad, value)
             case "add":
                 self.give(a, grad)
                 self.give(step.b, grad)
@@ -655,27 +720,23 @@ class _Backward(_Writer):
                     if self.wants[to]:
                         self.give(to, self.each("{} * {}", along, value(other)))
 
-    def linear_backward(self, number, step, grad, value):
+    def linear_backward(self, number, step, grad, x):
+        """x: the rows that the step reads, if the gradient of its weight is wanted."""
         self.give_vector(step.t1, number, grad)
-        inputs, outputs = self.width(step.a), self.width(number)
-        blocks = [
-            (out, place[:2], inside)
-            for out, place in zip(grad, self.layout(number), strict=True)
-            for inside in enumerate(self.layout(step.a))
-        ]
-        weight = self.tensor(step.t0)
-        if step.t0 in self.wanted:
-            x = value(step.a)
+        inputs, outputs, layout = self.width(step.a), self.width(number), list(self.layout(step.a))
+        if x is not None:
+            weight = self.tensor(step.t0)
             to, fresh = self.parameter(step.t0, outputs * inputs)
-            for out, (first, count), (k, (in_first, in_count, _)) in blocks:
-                where = f"{inputs}, {first}, {count}, {in_first}, {in_count}, PRECISION"
-                self.line(f"add_weight_gradient({to}, {fresh}, {out}, {x[k]}, {weight}, {where})")
+            for out, (first, count, _) in zip(grad, self.layout(number), strict=True):
+                for rows, (in_first, in_count, _) in zip(x, layout, strict=True):
+                    where = f"{inputs}, {first}, {count}, {in_first}, {in_count}, PRECISION"
+                    self.line(f"add_weight_gradient({to}, {fresh}, {out}, {rows}, {weight}, {where})")
         if self.wants[step.a]:
-            found = {}
-            for out, (first, count), (k, (in_first, in_count, in_cols)) in blocks:
-                where = f"{inputs}, {first}, {count}, {in_first}, {in_count}, {in_cols}, PRECISION"
-                more = f"product_backward({out}, {weight}, {where})"
-                found[k] = self.new(f"{found[k]} + {more}" if k in found else more, "g")
+            found = self.products(step.t0, (
+                (k, out, f"{inputs}, {first}, {count}, {cols}, {in_first}, {in_count}, {in_cols}, False")
+                for out, first, count, cols in self.operands(step.t0, grad, self.layout(number))
+                for k, (in_first, in_count, in_cols) in enumerate(layout)
+            ))  # fmt: skip
             self.give(step.a, list(found.values()))
 
     def symmetrize_backward(self, number, step, grad, a):
@@ -712,10 +773,12 @@ class _Backward(_Writer):
         if self.request.reduction == "statistics":
             names += ["kept_stats", "extremes"]
             where = f"grad_reduced, kept_stats, extremes, ptr, segment, row, inside, {self.width(reduced)}"
-            self.give(reduced, [
-                self.new(f"statistics_backward({x}, {where}, {first}, {count})", "g")
-                for x, (first, count, _) in zip(self.recomputed(reduced, {}), self.layout(reduced), strict=True)
-            ])  # fmt: skip
+            found = []
+            for x, (first, count, _) in zip(self.recomputed(reduced, {}), self.layout(reduced), strict=True):
+                if found:
+                    self.line("tl.debug_barrier()  # not all parts' addresses in registers at once")
+                found.append(self.new(f"statistics_backward({x}, {where}, {first}, {count})", "g"))
+            self.give(reduced, found)
         elif self.request.reduction == "attention":
             names += ["kept_stats"] + ["along"] * self.attention_grads()
         else:
@@ -789,11 +852,10 @@ def backward_source(request):
     writer.keep()
     stages = [writer.lines] * bool(writer.lines) + stages
     acc = _short(request.acc)
-    types = {operand.number: operand.dtype for operand in request.operands}
-    outputs += [(f"d{tensor}", "*" + types[tensor]) for tensor in writer.direct]
+    outputs += [(f"d{tensor}", "*" + writer.types[tensor]) for tensor in writer.direct]
     outputs += [(f"s{tensor}_{index}", "*" + acc) for tensor, index in writer.gathered]
     if writer.saved_size:
-        outputs.append(("saved_tiles", "*" + acc))
+        outputs.append(("saved_tiles", "*" + writer.saved_type))
     if writer.parameters:
         outputs.append(("slots", "*" + acc))
     arguments = (*writer.inputs(), *outputs, *writer.scalars())
@@ -803,7 +865,7 @@ def backward_source(request):
     for k, lines in enumerate(stages):
         text += ["\n" + HEADER, f"def stage{k}_kernel({names}):", "    first = tl.program_id(0).to(tl.int64)"]
         text += ["    tile = first_tile + first"]
-        text += ["    " + line for line in writer.prologue(lines)] + ["    " + line for line in lines]
+        text += ["    " + line for line in writer.body(lines)]
     return Source(
         "\n".join(text) + "\n",
         arguments,
@@ -811,6 +873,7 @@ def backward_source(request):
         tuple((tensor, *place) for tensor, place in writer.parameters.items()),
         writer.slot_size,
         writer.saved_size,
+        writer.saved_type,
         tuple(writer.direct.items()),
         tuple(writer.gathered),
     )

@@ -8,10 +8,9 @@ their gradients are 0.
 import triton
 import triton.language as tl
 
-from .tiles import LAYER_NORM_EPS
+from .tiles import INTERPRETED, LAYER_NORM_EPS
 
 EPS = tl.constexpr(LAYER_NORM_EPS)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -55,7 +54,7 @@ def load_vector(vector, FIRST: tl.constexpr, COUNT: tl.constexpr, COLS: tl.const
 
 
 @triton.jit
-def _load_weight(
+def load_weight(
     weight, INPUTS: tl.constexpr, FIRST_OUT: tl.constexpr, OUTS: tl.constexpr, OUT_COLS: tl.constexpr,
     FIRST_IN: tl.constexpr, INS: tl.constexpr, IN_COLS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +72,7 @@ def _load_weight(
 
 
 @triton.jit
-def _settled(x):
+def settled(x):
     """x, computed by here, not later from what would be kept until then; what is made of it is not what was made of x
     before, and kept since. Float32; x itself in the interpreter.
     """
@@ -86,61 +85,21 @@ def _settled(x):
 def _dot(a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
     if INTERPRETED:  # it multiplies no bfloat16: wider, the same products
         return tl.dot(a.to(ACC), b.to(ACC), input_precision=PRECISION, out_dtype=ACC)
-    found = tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
-    return _settled(found) if a.dtype == tl.float32 else found
+    if a.dtype == tl.float32 and PRECISION != "tf32":  # operands in registers: not those of several products at once
+        return settled(tl.dot(settled(a), settled(b), input_precision=PRECISION, out_dtype=ACC))
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
-def _halves(x):
+def halves(x):
     """The left and the right half of x's columns."""
-    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-
-
-@triton.constexpr_function
-def _half(columns):
-    return columns // 2
-
-
-@triton.constexpr_function
-def _is_cut(columns, dtype, precision):
-    """Whether a product over so many columns is the sum of two over halves: float32 operands fill the registers."""
-    return dtype == tl.float32 and columns > (16 if precision == "ieee" else 64)
+    return tl.split(tl.permute(tl.reshape(settled(x), [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
 
 
 @triton.jit
-def product(
-    x, weight, INPUTS: tl.constexpr, FIRST_OUT: tl.constexpr, OUTS: tl.constexpr, OUT_COLS: tl.constexpr,
-    FIRST_IN: tl.constexpr, INS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x [BLOCK, inputs] times the transpose of a block of the weight, in the weight's type, added up in x's."""
-    if _is_cut(x.shape[1], weight.dtype.element_ty, PRECISION):
-        HALF: tl.constexpr = _half(x.shape[1])
-        left, right = _halves(_settled(x))
-        found = product(left, weight, INPUTS, FIRST_OUT, OUTS, OUT_COLS, FIRST_IN, min(INS, HALF), PRECISION)
-        if INS > HALF:
-            found += product(right, weight, INPUTS, FIRST_OUT, OUTS, OUT_COLS, FIRST_IN + HALF, INS - HALF, PRECISION)
-        return _settled(found)
-    block = _load_weight(weight, INPUTS, FIRST_OUT, OUTS, OUT_COLS, FIRST_IN, INS, x.shape[1], True)
+def product(x, block, PRECISION: tl.constexpr):
+    """x [BLOCK, k] times block [k, n] of a weight, in the weight's type, added up in x's."""
     return _dot(x.to(block.dtype), block, PRECISION, x.dtype)
-
-
-@triton.jit
-def product_backward(
-    grad, weight, INPUTS: tl.constexpr, FIRST_OUT: tl.constexpr, OUTS: tl.constexpr, FIRST_IN: tl.constexpr,
-    INS: tl.constexpr, IN_COLS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """grad [BLOCK, outputs] times a block of the weight: the gradient of `product` for x."""
-    if _is_cut(grad.shape[1], weight.dtype.element_ty, PRECISION):
-        HALF: tl.constexpr = _half(grad.shape[1])
-        left, right = _halves(_settled(grad))
-        found = product_backward(left, weight, INPUTS, FIRST_OUT, min(OUTS, HALF), FIRST_IN, INS, IN_COLS, PRECISION)
-        if OUTS > HALF:
-            found += product_backward(
-                right, weight, INPUTS, FIRST_OUT + HALF, OUTS - HALF, FIRST_IN, INS, IN_COLS, PRECISION
-            )
-        return _settled(found)
-    block = _load_weight(weight, INPUTS, FIRST_OUT, OUTS, grad.shape[1], FIRST_IN, INS, IN_COLS, False)
-    return _dot(grad.to(block.dtype), block, PRECISION, grad.dtype)
 
 
 @triton.jit
@@ -150,31 +109,37 @@ def add_weight_gradient(
 ):  # fmt: skip
     """Adds grad^T x to a block of to [*, INPUTS], or writes it there if `fresh`."""
     dtype: tl.constexpr = weight.dtype.element_ty
-    found = _dot(tl.trans(grad).to(dtype), x.to(dtype), PRECISION, x.dtype)
-    out, column = tl.arange(0, found.shape[0]), tl.arange(0, found.shape[1])
+    out, column = tl.arange(0, grad.shape[1]), tl.arange(0, x.shape[1])
     at = to + (FIRST_OUT + out)[:, None] * INPUTS + (FIRST_IN + column)[None, :]
     mask = (out < OUTS)[:, None] & (column < INS)[None, :]
-    _add(at, found, mask, fresh)
+    before = _read_sum(at, mask, fresh)
+    _write_sum(at, before + _dot(tl.trans(grad).to(dtype), x.to(dtype), PRECISION, x.dtype), mask)
 
 
 @triton.jit
 def add_vector_gradient(to, fresh, grad, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """Adds grad's column sums to numbers FIRST to FIRST + COUNT of a vector, or writes them there if `fresh`."""
     col = tl.arange(0, grad.shape[1])
-    _add(to + FIRST + col, tl.sum(grad, 0), col < COUNT, fresh)
+    before = _read_sum(to + FIRST + col, col < COUNT, fresh)
+    _write_sum(to + FIRST + col, before + tl.sum(grad, 0), col < COUNT)
 
 
 @triton.jit
-def _add(at, value, mask, fresh):
-    """Adds to numbers that this program alone writes. fresh: there are none yet; None: this tile has written them."""
+def _read_sum(at, mask, fresh):
+    """Sums that this program alone writes. fresh: there are none yet; None: this tile has written them."""
     if fresh is None:
         tl.debug_barrier()
         before = tl.load(at, mask=mask, other=0.0)
     else:
         before = tl.where(fresh, 0.0, tl.load(at, mask=mask, other=0.0))
+    return before
+
+
+@triton.jit
+def _write_sum(at, value, mask):
     # Several threads may hold the same number: all have read it before one writes.
     tl.debug_barrier()
-    tl.store(at, before + value, mask=mask)
+    tl.store(at, value, mask=mask)
 
 
 @triton.jit
@@ -193,13 +158,13 @@ def _place(tile, COLS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def save(to, value):
-    """Keeps a tile for `saved`, which any thread may call after a barrier."""
-    tl.store(_place(to, value.shape[1], value.shape[0]), value)
+    """Keeps a tile, rounded to the type of `to`, for `saved`, which any thread may call after a barrier."""
+    tl.store(_place(to, value.shape[1], value.shape[0]), value.to(to.dtype.element_ty))
 
 
 @triton.jit
-def saved(tile, COLS: tl.constexpr, ROWS: tl.constexpr):
-    return tl.load(_place(tile, COLS, ROWS))
+def saved(tile, COLS: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
+    return tl.load(_place(tile, COLS, ROWS)).to(ACC)
 
 
 @triton.jit

@@ -20,8 +20,9 @@ from .tiles import next_power_of_2
 
 TUNE = "SCALEGMN_FAST_TRITON_TUNE"
 FILE = "row_program_tile.json"
-MIN_ROWS = 16
-MOST_SPILLS = 1024
+MIN_ROWS, MAX_ROWS = 16, 128
+MIN_WARPS, MAX_WARPS = 4, 8
+MOST_SPILLS = 4096
 
 _chosen = {}  # {(section, rows' bucket, device): the section in its fastest tile}
 
@@ -35,9 +36,10 @@ def asked():
 
 
 def candidates(tile):
-    """The tile, one of twice its rows, and one of half of them: of half its warps where there are no fewer rows."""
-    fewer = tile._replace(rows=tile.rows // 2) if tile.rows > MIN_ROWS else tile._replace(warps=tile.warps // 2)
-    return tile, tile._replace(rows=2 * tile.rows), fewer
+    """The tile, one of twice its rows and warps, and one of half of them; 16 to 128 rows, 4 to 8 warps."""
+    fewer = tile._replace(rows=max(tile.rows // 2, MIN_ROWS), warps=max(tile.warps // 2, MIN_WARPS))
+    more = tile._replace(rows=min(2 * tile.rows, MAX_ROWS), warps=min(2 * tile.warps, MAX_WARPS))
+    return tuple(dict.fromkeys((tile, more, fewer)))
 
 
 def possible(device):

@@ -91,19 +91,34 @@ def test_row_programs_fit_into_shared_memory_and_hardly_spill(row_kernels):
 
 
 @pytest.mark.parametrize(
-    "direction,dtype,precision,spills",
+    "direction,dtype,precision,architecture,spills,slots",
     [
-        ("forward", torch.bfloat16, "ieee", 64),
-        ("backward", torch.bfloat16, "ieee", 64),
-        ("forward", torch.float32, "tf32", 128),
-        ("backward", torch.float32, "tf32", 128),
-        ("forward", torch.float32, "ieee", 256),
+        ("forward", torch.bfloat16, "ieee", 80, 64, 145),
+        ("backward", torch.bfloat16, "ieee", 80, 64, 700),
+        ("forward", torch.float32, "tf32", 80, 1024, 200),
+        ("forward", torch.float32, "ieee", 80, 256, 1400),
+        ("forward", torch.bfloat16, "ieee", 90, 32, 105),
+        ("backward", torch.bfloat16, "ieee", 90, 1024, 480),
+        ("forward", torch.float32, "tf32", 90, 512, 130),
+        ("backward", torch.float32, "tf32", 90, 1024, 580),
+        ("forward", torch.bfloat16, "ieee", 100, 32, 130),
+        ("forward", torch.float32, "tf32", 100, 512, 150),
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-def test_the_widest_published_message_hardly_spills_on_the_oldest_architecture(direction, dtype, precision, spills):
-    for used in aot.row_usage(("message", direction, 128, dtype, precision), 80):
-        assert used.spills <= spills and used.shared <= aot.SHARED_MEMORY[80]
+def test_the_widest_published_message_takes_few_instructions(direction, dtype, precision, architecture, spills, slots):
+    """On Hopper its forward took 207 (bfloat16) and 287 (TF32) cycles per row for them in eight warps of fewer rows."""
+    _, used, issued = aot.row_usage(("message", direction, 128, dtype, precision), architecture)
+    assert max(kernel.spills for kernel in used) <= spills
+    assert max(kernel.shared for kernel in used) <= aot.SHARED_MEMORY[architecture]
+    assert issued <= slots
+
+
+@pytest.mark.parametrize("dtype,architecture", [(torch.float32, 80), (torch.float32, 90), (torch.bfloat16, 90)])
+def test_rows_of_256_columns_compile_to_code_that_uses_all_registers(dtype, architecture):
+    """ptxas gives up on some tiles: then everything is in local memory."""
+    _, (used,), _ = aot.row_usage(("message", "forward", 256, dtype, "tf32"), architecture)
+    assert used.registers > 128 and used.shared <= aot.SHARED_MEMORY[architecture]
 
 
 def test_rows_of_a_tile_can_be_pinned(monkeypatch):

@@ -90,20 +90,28 @@ def files(folder):
     return sorted(folder.rglob(tuning.FILE))
 
 
-def test_three_tiles_are_tried():
-    assert tuning.candidates(Tile(64, 8)) == (Tile(64, 8), Tile(128, 8), Tile(32, 8))
-    assert tuning.candidates(Tile(16, 8)) == (Tile(16, 8), Tile(32, 8), Tile(16, 4))
+@pytest.mark.parametrize(
+    ("tile", "others"),
+    [
+        ((64, 8), [(128, 8), (32, 4)]),
+        ((64, 4), [(128, 8), (32, 4)]),
+        ((16, 8), [(32, 8), (16, 4)]),
+        ((128, 8), [(64, 4)]),
+    ],
+)
+def test_tiles_of_twice_and_half_the_rows_are_tried(tile, others):
+    assert tuning.candidates(Tile(*tile)) == (tile, *others)
 
 
 @pytest.mark.parametrize(
     ("spilled", "expected", "timed"),
     [
         ([0, 0, 0], 2, 3),
-        ([0, 0, 1028], 1, 2),
-        ([0, 1028, 1024], 2, 2),
-        ([1028, 2000, 3000], 2, 3),
+        ([0, 0, 4100], 1, 2),
+        ([0, 4100, 4096], 2, 2),
+        ([4100, 5000, 6000], 2, 3),
         ([0, None, None], 0, 0),
-        ([None, 1028, None], 1, 0),
+        ([None, 4100, None], 1, 0),
         ([None, None, None], 0, 0),
     ],
 )
@@ -129,7 +137,7 @@ def test_tiles_that_do_not_fit_or_spill_are_left_out(spilled, expected, timed, m
     assert len(times) == timed
 
 
-@pytest.mark.parametrize(("sign", "expected"), [(1, [(8, 8), (3, 8)]), (-1, [(32, 8), (10, 8)])])
+@pytest.mark.parametrize(("sign", "expected"), [(1, [(8, 8), (3, 8)]), (-1, [(32, 4), (10, 4)])])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "stage0_kernel"])
 def test_sections_run_in_their_fastest_tile(kernel, sign, expected, machine):
     """128 rows or 32, where the table says 64. Measured in the first call alone."""
@@ -160,7 +168,7 @@ def test_a_choice_is_a_file_in_triton_s_cache(machine, tmp_path):
     step(program("meta"))
     assert len(files(tmp_path)) == 4
     assert all('"rows": 128, "warps": 8' in path.read_text() for path in files(tmp_path))
-    files(tmp_path)[0].write_text('{"rows": 32, "warps": 8}')  # what another run could have chosen
+    files(tmp_path)[0].write_text('{"rows": 32, "warps": 4}')  # what another run could have chosen
     tuning._chosen.clear()
     step(program("meta"))
     assert machine.timed == 12
@@ -209,11 +217,20 @@ def test_fake_tensors_are_not_timed(machine):
     assert machine.launched == []
 
 
-@pytest.mark.parametrize("settings", [{tuning.TUNE: "0"}, {tuning.TUNE: ""}, {row_program.ROWS: "64"}], ids=str)
-def test_nothing_is_timed_unless_asked_for_or_where_rows_are_pinned(settings, machine, tmp_path, monkeypatch):
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    assert machine.blocks("forward_kernel", program("meta")) == [(16, 8), (5, 8)]
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        (tuning.TUNE, "0", [(16, 8), (5, 8)]),
+        (tuning.TUNE, "", [(16, 8), (5, 8)]),
+        (row_program.ROWS, "64", [(16, 4), (5, 4)]),
+        (row_program.ROWS, "128", [(8, 8), (3, 8)]),
+    ],
+)
+def test_nothing_is_timed_unless_asked_for_or_where_rows_are_pinned(
+    name, value, expected, machine, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(name, value)
+    assert machine.blocks("forward_kernel", program("meta")) == expected
     assert machine.timed == 0 and files(tmp_path) == []
 
 

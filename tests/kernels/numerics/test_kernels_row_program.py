@@ -141,6 +141,19 @@ def test_low_precision_is_as_near_to_float64_as_the_reference(dtype, device):
     assert_as_reference(message(Inputs([4, 0, 21, 18], 32, dtype, device)))
 
 
+@pytest.mark.parametrize(
+    ("tables", "weights", "kept"),
+    [("bfloat16", "bfloat16", "bf16"), ("float32", "bfloat16", "fp32"), ("float16", "float16", "fp32")],
+)
+def test_backward_keeps_rows_in_the_type_of_results_or_wider(tables, weights, kept, device):
+    arguments = message(Inputs([4, 2], 5, torch.float32, device))
+    linear = {step.t0 for section in sections(*arguments[2:5]) for step in section.steps if step.op == "linear"}
+    types = [getattr(torch, weights if k in linear else tables) for k in range(len(arguments[0]))]
+    tensors = [tensor.to(dtype) for tensor, dtype in zip(arguments[0], types, strict=True)]
+    planned = kernels.plan_of(tensors, *arguments[1:5], [True] * len(tensors))
+    assert {section.source.saved_type for section in planned} == {kept}
+
+
 def test_dropout_is_the_reference_s_mask(device):
     inputs = Inputs([4, 0, 21, 18], 13, torch.float64, device)
     arguments = message(inputs, dropout=0.4)
@@ -150,7 +163,7 @@ def test_dropout_is_the_reference_s_mask(device):
 
 def test_tiles_that_share_a_place(device, monkeypatch):
     """Launches after the first add to what the first left."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "MAX_PROGRAMS", 2)
     assert_as_reference(message(Inputs([100, 3, 100], 5, torch.float64, device)))
 
 
@@ -227,7 +240,7 @@ def test_every_operation_is_in_the_test_program(device):
 
 
 def test_rows_wider_than_a_tile_are_parts():
-    assert parts_of(128) == (128,) and parts_of(384) == (128, 128, 128) and parts_of(130) == (128, 2)
+    assert parts_of(64) == (64,) and parts_of(192) == (64, 64, 64) and parts_of(130) == (64, 64, 2)
 
 
 def test_too_wide(device):
