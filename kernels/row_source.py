@@ -26,6 +26,7 @@ from .activations import activate, activation_derivative
 from .tiles import next_power_of_2
 
 MAX_COLS = 64
+MAX_HEADS = 128
 MIN_COLS = 16  # of a product's operand
 MAX_WIDTH = 1024
 
@@ -118,7 +119,7 @@ def partitions(steps, shapes):
         elif step.op == "concat":
             parts = found[step.a] + found[step.b]
         elif step.op == "head_dot":
-            parts = parts_of(int(step.p1))
+            parts = (int(step.p1),)
             heads_and_width(found[step.a], parts)
         else:
             parts = found[step.a]
@@ -133,8 +134,8 @@ def partitions(steps, shapes):
 def heads_and_width(parts, logits):
     """(heads, columns of each) of rows of some parts, with logits of others."""
     heads, width = sum(logits), sum(parts)
-    if width % heads or heads > MAX_COLS:
-        raise UnsupportedError(f"it has rows of width {width} in {heads} heads, of {MAX_COLS} at most")
+    if width % heads or heads > MAX_HEADS or len(logits) > 1:
+        raise UnsupportedError(f"it has rows of width {width} in {heads} heads, of {MAX_HEADS} at most")
     return heads, width // heads
 
 

@@ -162,6 +162,23 @@ def test_what_attention_keeps(device):
         torch.testing.assert_close(1 / share, (logits[begin:end] - largest).exp().sum(0))
 
 
+@pytest.mark.parametrize("heads", [65, 128])
+def test_many_heads(heads, device):
+    x, logits = torch.randn(40, 2 * heads, device=device), torch.randn(40, heads, device=device)
+    arguments = attention(x.double(), logits.double(), torch.tensor([0, 3, 40], device=device), heads)
+    for found, expected in zip(results(TRITON, arguments), results(REFERENCE, arguments), strict=True):
+        assert relative_error(found, expected) < 1e-10
+
+
+def test_more_heads_than_are_served(device):
+    x = torch.randn(4, 129, device=device)
+    with backend("triton"), pytest.raises(RuntimeError, match="rows of width 129 in 129 heads, of 128 at most"):
+        program = RowProgram()
+        section = program.section(4)
+        section.attend(section.load(x), section.head_dot(section.load(x), section.load(x), 129, 1.0))
+        program.run(torch.tensor([0, 4], device=device))
+
+
 @pytest.mark.parametrize("scale", [1e4, 3e37])
 def test_large_logits(scale, device):
     """One row takes all of the weight, wherever among the tiles it lies."""
@@ -187,7 +204,7 @@ def test_heads_that_do_not_divide_a_row(device):
     x = section.load(torch.randn(4, 6, device=device))
     section.attend(x, section.head_dot(x, x, 4, 1.0))
     ptr = torch.tensor([0, 4], device=device)
-    with backend("triton"), pytest.raises(RuntimeError, match="rows of width 6 in 4 heads, of 64 at most"):
+    with backend("triton"), pytest.raises(RuntimeError, match="rows of width 6 in 4 heads, of 128 at most"):
         run.run(ptr)
 
 
