@@ -10,15 +10,14 @@ import itertools
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import scalegmn_fast
-from bench import compare_neural_graphs, compare_original, comparison, configs, harness, isolated, ops
+from bench import compare_neural_graphs, compare_original, comparison, configs, harness, isolated, message, ops
 from bench.compare_original import Ours, Theirs
 from bench.training import Problem, Training
 from scalegmn_fast.models import neural_graphs_config, published_config, published_names
@@ -26,26 +25,32 @@ from scalegmn_fast.ops import segment_reduce, symmetrize
 from scalegmn_fast.train.cuda_graph import GraphedStep, Recorder
 
 KEY = ("benchmark", "config", "batch", "dtype", "op", "direction", "rows", "width", "backend")
-#: Types of products: what float32 products are told to be, and the type that autocast or a tensor has.
-DTYPES = {
-    "float32": ("highest", torch.float32),
-    "tf32": ("high", torch.float32),
-    "bfloat16": ("highest", torch.bfloat16),
-    "float16": ("highest", torch.float16),
-}
 #: Batch sizes and types in which steps are measured, the first for every configuration before the next.
 PASSES = (("16", "float32"), ("own", "tf32"), ("own", "bfloat16"), ("16", "tf32"), ("own", "float32"))
 #: Of these the original is also compiled, which takes a while.
 COMPILED = ("mnist_cls/scalegmn", "cifar10/scalegmn_relu", "mnist_cls/scalegmn_bidir", "fmnist_cls/scalegmn")
-SLOW, FAST = ("original", "compiled original", "reference"), ("ours", "graph", "rows cuda", "rows triton")
+#: What Triton's row programs are measured on: every kernel of a configuration is compiled first.
+TRITON = (*COMPILED, "mnist_cls/pna", "mnist_cls/rtransformer")
+TRITON_PASSES = (("own", "tf32"), ("own", "bfloat16"), ("16", "tf32"))
+#: Engine that runs rounds as row programs, per benchmark; on a CPU it is the only one.
+ENGINES = {"cuda": {"steps": "cuda", "triton": "triton", "compiled": "cuda"}, "cpu": {}}
+SLOW = ("original", "compiled original", "reference")
+FAST = ("ours", "graph", *(f"{how} {engine}" for engine in ("cuda", "triton") for how in ("rows", "graph rows")))
 CASES = SLOW + FAST
 RATIOS = {f"{slow} / {fast}": (slow, fast) for slow, fast in itertools.product(SLOW, FAST)}
 COLUMNS = (
     "configuration", "batch", *(f"{case} (ms)" for case in CASES), *RATIOS, "floor (ms)",
-    *(f"{case} / floor" for case in FAST), *(f"{case} (MB)" for case in CASES), "memory", "launches", "failed",
+    *(f"{case} / floor" for case in FAST), *(f"{case} (MB)" for case in CASES),
+    *(f"memory, original / {case}" for case in FAST), *(f"{case} launches" for case in FAST), "failed",
 )  # fmt: skip
 #: Neural Graphs' configurations for networks of one layout.
 NEURAL_GRAPHS = tuple(compare_neural_graphs.names())
+#: What a table of steps is called, per benchmark.
+TITLES = {
+    "steps": "Training step",
+    "triton": "Training step, row programs in Triton",
+    "compiled": "Training step against the compiled original",
+}
 #: Steps before anything is timed: kernels are compiled, steps recorded.
 WARM_UP = 5
 
@@ -76,24 +81,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-@contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """Context: float32 products are IEEE ones, or TF32 for ``tf32``."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(DTYPES[dtype][0])
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def measure_ceilings(place: Place, megabytes: int = 2048, size: int = 8192) -> str:
     """Copy bandwidth, and the rate of a square product per type. What it says of them in a line."""
     bandwidth = harness.copy_bandwidth(megabytes, place.device)
     place.write({"benchmark": "ceilings", "op": "copy", "rate": bandwidth})
     said = [f"copy {bandwidth / 1e9:.0f} GB/s"]
-    for dtype, (_, kind) in DTYPES.items():
-        with precision(dtype):
+    for dtype, (_, kind) in harness.DTYPES.items():
+        with harness.precision(dtype):
             rate = harness.gemm_peak(size, place.device, kind)
         place.write({"benchmark": "ceilings", "op": "gemm", "dtype": dtype, "rate": rate})
         said.append(f"{dtype} {rate / 1e12:.1f} TFLOP/s")
@@ -123,11 +117,12 @@ def benchmark_of(name: str) -> comparison.Comparison:
     return (compare_neural_graphs if name in NEURAL_GRAPHS else compare_original).COMPARISON
 
 
-def step_cases(place: Place, name: str, batch: int, dtype: str, compiled: bool) -> dict[str, Callable[[], Callable]]:
+def step_cases(place: Place, name: str, batch: int, dtype: str, benchmark: str) -> dict[str, Callable[[], Callable]]:
     """What makes a training step of each side, each with a model of its own: same batch, loss and types."""
     problem, make = subject(name, batch)
     problem = problem.to(place.device)
     kind = torch.device(place.device).type
+    engine = ENGINES[kind].get(benchmark)
 
     def trained(side, call, capturable: bool = False) -> Callable[[], None]:
         training = Training(side.model, problem.config, capturable)
@@ -142,9 +137,6 @@ def step_cases(place: Place, name: str, batch: int, dtype: str, compiled: bool) 
         side = ours()
         return trained(side, side.forward(problem))
 
-    def on(backend: str) -> Callable[[], None]:
-        return scalegmn_fast.backend(backend)(eager())
-
     def graphed() -> Callable[[], None]:
         side, graph, recorder = ours(), problem.graph(), place.recorder()
         if graph.sign_mask is not None:
@@ -157,20 +149,29 @@ def step_cases(place: Place, name: str, batch: int, dtype: str, compiled: bool) 
         recorded = GraphedStep(step, recorder=recorder)
         return lambda: recorded(graph, problem.target)
 
+    def on(backend: str, make_step: Callable[[], Callable[[], None]]) -> Callable[[], None]:
+        chosen = scalegmn_fast.backend(backend)
+        if backend == "triton":
+            from scalegmn_fast.kernels.launching import compile_ahead
+
+            with compile_ahead():
+                chosen(eager())()  # its model is thrown away: no kernel ran
+        return chosen(make_step())
+
     def original(compiled: bool = False) -> Callable[[], None]:
         side = Theirs(place.original, name)
         side.model.to(place.device)
         return trained(side, side.forward(problem, compiled=compiled))
 
     makers = {"ours": eager, "graph": graphed}
-    if compiled:
+    if benchmark == "compiled":
         makers["compiled original"] = lambda: original(compiled=True)
-    else:
-        makers["reference"] = lambda: on("reference")
-    if kind == "cuda":  # Triton's row programs take a while to compile, too
-        rows = "triton" if compiled else "cuda"
-        makers[f"rows {rows}"] = lambda: on(rows)
-    if not compiled and place.original and name not in NEURAL_GRAPHS:
+    if benchmark == "steps":
+        makers["reference"] = lambda: on("reference", eager)
+    if engine is not None:
+        makers[f"rows {engine}"] = lambda: on(engine, eager)
+        makers[f"graph rows {engine}"] = lambda: on(engine, graphed)
+    if benchmark != "compiled" and place.original and name not in NEURAL_GRAPHS:
         makers["original"] = original
     return makers
 
@@ -213,11 +214,11 @@ def kernel_launches(call: Callable[[], object], device: str) -> int | None:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()) or None
 
 
-def measure_step(place: Place, name: str, batch: int, dtype: str, seconds: float, compiled: bool = False) -> dict:
+def measure_step(place: Place, name: str, batch: int, dtype: str, seconds: float, benchmark: str = "steps") -> dict:
     """One row: a training step of every side in turn, its memory, its launches and its floor's operations."""
-    row = {"benchmark": "compiled" if compiled else "steps", "config": name, "batch": batch, "dtype": dtype}
-    with precision(dtype):
-        cases, failures = ready(step_cases(place, name, batch, dtype, compiled))
+    row = {"benchmark": benchmark, "config": name, "batch": batch, "dtype": dtype}
+    with harness.precision(dtype):
+        cases, failures = ready(step_cases(place, name, batch, dtype, benchmark))
         row["failures"] = failures
         if not cases:
             return row
@@ -228,11 +229,12 @@ def measure_step(place: Place, name: str, batch: int, dtype: str, seconds: float
             for name, (slow, fast) in RATIOS.items()
             if slow in times and fast in times
         }
-        if not compiled:
-            eager = [case for case in cases if case != "graph"]  # a recording's memory is its own and stays
+        if benchmark != "compiled":
+            eager = [case for case in cases if "graph" not in case]  # a recording's memory is its own and stays
             row["bytes"] = {case: peak_bytes(cases[case], place.device) for case in eager}
-            if "ours" in cases and dtype == "float32":
-                row["launches"] = kernel_launches(cases["ours"], place.device)
+            if benchmark == "triton" or dtype == PASSES[0][1]:
+                counts = {case: kernel_launches(cases[case], place.device) for case in eager if case in FAST}
+                row["launches"] = {case: count for case, count in counts.items() if count is not None}
     row["step_flops"] = step_flops(name, batch)
     return row
 
@@ -251,18 +253,18 @@ def step_flops(name: str, batch: int) -> int:
     return configs.flops(make().model.to("meta"), problem.graph(), problem.loss)
 
 
-def passes(names: tuple[str, ...]) -> list[tuple[str, int, str]]:
+def passes(names: tuple[str, ...], sizes: tuple[tuple[str, str], ...] = PASSES) -> list[tuple[str, int, str]]:
     """(configuration, batch, type) of every row, each once, in the order in which they are measured."""
-    sizes = ((size, dtype, name) for size, dtype in PASSES for name in names)
+    found = ((size, dtype, name) for size, dtype in sizes for name in names)
     return list(
         dict.fromkeys(
             (name, benchmark_of(name).original.own_batch(name) if size == "own" else int(size), dtype)
-            for size, dtype, name in sizes
+            for size, dtype, name in found
         )
     )
 
 
-def measure_steps(place: Place, rows: list[tuple[str, int, str]], seconds: float, compiled: bool = False) -> str:
+def measure_steps(place: Place, rows: list[tuple[str, int, str]], seconds: float, benchmark: str = "steps") -> str:
     """As many of the rows as there is time for. What it says of them in a line.
 
     Raises:
@@ -273,30 +275,48 @@ def measure_steps(place: Place, rows: list[tuple[str, int, str]], seconds: float
         if place.seconds_left < 1.5 * slowest:
             break
         before = time.monotonic()
-        row = measure_step(place, name, batch, dtype, seconds, compiled)
+        row = measure_step(place, name, batch, dtype, seconds, benchmark)
         place.write(row)
-        if "ours" in row["failures"]:
-            failed.append(f"{name} at {batch}, {dtype}: {row['failures']['ours']}")
+        wrong = [case for case in FAST if case in row["failures"] and "graph" not in case]
+        failed += [f"{name} at {batch}, {dtype}, {case}: {row['failures'][case]}" for case in wrong]
         harness.synchronizer(place.device)()
         slowest, done = max(slowest, time.monotonic() - before), done + 1
         print(f"{name}, {batch}, {dtype}: {row.get('ratios', {})} {row['failures']}", flush=True)
     if failed:
-        raise isolated.MeasurementError(f"ours failed in {len(failed)} of {done} rows: {failed[0]}")
+        raise isolated.MeasurementError(f"{len(failed)} of ours failed in {done} rows: {failed[0]}")
     left = f", no time for {len(rows) - done}" if done < len(rows) else ""
     return f"{done} rows{left}"
 
 
+def measure_message(place: Place, rows: int = 1_000_000, width: int = 128, seconds: float = 1.0) -> str:
+    """Rows of `bench.message`. What it says of them in a line.
+
+    Raises:
+        MeasurementError: an engine failed; all that could be measured was.
+    """
+    found = []
+    for dtype in ("tf32", "bfloat16"):
+        measured = message.measure(rows, width, dtype, place.device, seconds)
+        place.write(*measured)
+        found += measured
+    if failed := [row for row in found if "failed" in row]:
+        raise isolated.MeasurementError(f"{failed[0]['backend']}, {failed[0]['dtype']}: {failed[0]['failed']}")
+    return f"{len(found)} rows"
+
+
 def measure_ops(place: Place, count: int = 1_000_000, widths: tuple[int, ...] = (128, 64), seconds: float = 0.3) -> str:
-    """Rows of `bench.ops`."""
+    """As many rows of `bench.ops` as there is time for."""
     rates = ceilings(place.rows())
     bandwidth = rates.get("copy") or harness.copy_bandwidth(device=place.device)
     peak = rates.get("float32") or harness.gemm_peak(device=place.device)
     names = ops.BACKENDS[torch.device(place.device).type]
     done = 0
     for width in widths:
-        rows = ops.measure(count, width, place.device, names, bandwidth, peak, seconds)
-        place.write(*rows)
-        done += len(rows)
+        for rows in ops.measure(count, width, place.device, names, bandwidth, peak, seconds):
+            place.write(*rows)
+            done += len(rows)
+            if place.seconds_left < 0:
+                return f"{done} rows, no time for more"
     return f"{done} rows"
 
 
@@ -319,7 +339,7 @@ def sanitize(place: Place) -> str:
 
 
 def page(data: dict) -> str:
-    """Everything that is known of a GPU, as Markdown: stages, ceilings, steps, compiled originals, ops."""
+    """Everything that is known of a GPU, as Markdown: stages, ceilings, the message, steps, ops."""
     rows = data["rows"]
     rates = ceilings(rows)
     parts = []
@@ -329,27 +349,27 @@ def page(data: dict) -> str:
         parts.append(harness.table(["stage", "", "", "seconds"], body))
     if rates:
         copied = [f"copy {rates['copy'] / 1e9:.0f} GB/s"] if "copy" in rates else []
-        products = [f"{dtype} {rates[dtype] / 1e12:.1f} TFLOP/s" for dtype in DTYPES if dtype in rates]
+        products = [f"{dtype} {rates[dtype] / 1e12:.1f} TFLOP/s" for dtype in harness.DTYPES if dtype in rates]
         parts.append(f"Ceilings: {', '.join(copied + products)}.")
-    for (kind, dtype), group in step_groups(rows).items():
-        parts.append(f"Training step, {dtype}, {kind}:\n\n{step_table(group, rates)}")
-    compiled = [row for row in rows if row["benchmark"] == "compiled"]
-    if compiled:
-        parts.append(f"Against the compiled original:\n\n{step_table(compiled, rates)}")
+    messages = [row for row in rows if row["benchmark"] == "message"]
+    if messages:
+        parts.append(f"A fused message with its edge update:\n\n{message.page(messages, rates)}")
+    for title, group in step_groups(rows).items():
+        parts.append(f"{title}:\n\n{step_table(group, rates)}")
     measured = [row for row in rows if row["benchmark"] == "ops"]
     if measured:
         parts.append(ops.page({"rows": measured}))
     return "\n\n".join(parts)
 
 
-def step_groups(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """The rows of steps by table, which is that of the comparison on a CPU, and a type; in published order."""
+def step_groups(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of steps by title: of benchmark, type and the table of the comparison on a CPU; in published order."""
     order = {name: place for place, name in enumerate(names())}
-    found: dict[tuple[str, str], list[dict]] = {}
-    for row in sorted((r for r in rows if r["benchmark"] == "steps"), key=lambda row: order[row["config"]]):
+    found: dict[tuple[str, str, str], list[dict]] = {}
+    for row in sorted((r for r in rows if r["benchmark"] in TITLES), key=lambda row: order[row["config"]]):
         for kind in benchmark_of(row["config"]).kinds(row):
-            found.setdefault((kind, row["dtype"]), []).append(row)
-    return dict(sorted(found.items()))
+            found.setdefault((TITLES[row["benchmark"]], row["dtype"], kind), []).append(row)
+    return {", ".join(key): found[key] for key in sorted(found)}
 
 
 def step_table(rows: list[dict], rates: Mapping[str, float]) -> str:
@@ -368,15 +388,16 @@ def step_ratios(rows: list[dict]) -> dict[str, list[float]]:
     for row in rows:
         for name, values in row.get("ratios", {}).items():
             found.setdefault(name, []).append(values["median"])
-        if (less := memory_ratio(row)) is not None:
-            found.setdefault("memory", []).append(less)
+        for name, less in memory_ratios(row).items():
+            found.setdefault(name, []).append(less)
     return found
 
 
-def memory_ratio(row: dict) -> float | None:
-    """Peak memory of the original's step over that of ours."""
+def memory_ratios(row: dict) -> dict[str, float]:
+    """Peak memory of the original's step over that of each of ours."""
     peaks = row.get("bytes", {})
-    return peaks["original"] / peaks["ours"] if {"original", "ours"} <= peaks.keys() and peaks["ours"] else None
+    found = {case: peaks.get("original", 0) / peaks[case] for case in FAST if peaks.get(case)}
+    return {f"memory, original / {case}": less for case, less in found.items() if less}
 
 
 def step_line(row: dict, rates: Mapping[str, float]) -> dict[str, str]:
@@ -393,21 +414,23 @@ def step_line(row: dict, rates: Mapping[str, float]) -> dict[str, str]:
             line[f"{case} / floor"] = f"{row['times'][case]['median_ms'] / floor:.1f}"
     for case, size in row.get("bytes", {}).items():
         line[f"{case} (MB)"] = f"{size / 1e6:.0f}"
-    if (less := memory_ratio(row)) is not None:
-        line["memory"] = f"{less:.1f}x"
-    if row.get("launches"):
-        line["launches"] = str(row["launches"])
+    line |= {name: f"{less:.1f}x" for name, less in memory_ratios(row).items()}
+    for case, count in row.get("launches", {}).items():
+        line[f"{case} launches"] = str(count)
     line["failed"] = "; ".join(f"{case}: {why}" for case, why in row.get("failures", {}).items())
     return line
 
 
 def headlines(rows: list[dict]) -> list[str]:
-    """The geometric means of the ratios, a line per table."""
-    groups = {f"{dtype}, {kind}": group for (kind, dtype), group in step_groups(rows).items()}
-    groups["compiled"] = [row for row in rows if row["benchmark"] == "compiled"]
-    return [
+    """How near the message is to a product's rate, and the geometric means of the ratios, a line per table."""
+    shares = [
+        f"message {row['direction']}, {row['dtype']}, {row['backend']}: {part:.2f} of a square product's rate"
+        for row in rows
+        if row["benchmark"] == "message" and (part := message.share(row, ceilings(rows))) is not None
+    ]
+    return shares + [
         f"{title}: "
         + ", ".join(f"{name} {statistics.geometric_mean(values):.2f} ({len(values)})" for name, values in found.items())
-        for title, group in groups.items()
+        for title, group in step_groups(rows).items()
         if (found := step_ratios(group))
     ]

@@ -205,7 +205,7 @@ def tests(place, *selection: str) -> str:
         print(f"left out: {path.relative_to(ROOT)} needs {', '.join(missing)}", flush=True)
     # pyproject's options name plugins that may not be there
     command = [sys.executable, "-m", "pytest", "-v", "--strict-markers", "-o", "addopts=", "-p", "no:cacheprovider"]
-    command += ["-n", "8"] if importable("xdist") else []
+    command += ["-n", "auto"] if importable("xdist") else []
     command += [f"--ignore={path}" for path in left] + list(selection)
     os.execve(sys.executable, command, environment())
 
@@ -263,12 +263,25 @@ def steps(place) -> str:
     return gpu.measure_steps(place, gpu.passes(gpu.names()), seconds=0.4)
 
 
+def message(place) -> str:
+    from bench import gpu
+
+    return gpu.measure_message(place)
+
+
+def triton(place) -> str:
+    from bench import gpu
+
+    return gpu.measure_steps(place, gpu.passes(gpu.TRITON, gpu.TRITON_PASSES), seconds=0.4, benchmark="triton")
+
+
 def compiled(place) -> str:
     from bench import gpu
 
     if place.original is None:
         raise LeftOutError("no checkout of the original was given (ORIGINAL=...)")
-    return gpu.measure_steps(place, [(name, 16, "float32") for name in gpu.COMPILED], seconds=0.4, compiled=True)
+    rows = [(name, 16, "float32") for name in gpu.COMPILED]
+    return gpu.measure_steps(place, rows, seconds=0.4, benchmark="compiled")
 
 
 def operators(place) -> str:
@@ -277,10 +290,19 @@ def operators(place) -> str:
     return gpu.measure_ops(place)
 
 
-def check(place) -> str:
-    """`scalegmn-fast check` on the device."""
+def check(place, *backends: str, models: Sequence[str] = ()) -> None:
+    """`scalegmn-fast check` on the device, of some backends; of all models, or of some."""
     command = [sys.executable, "-m", "scalegmn_fast.cli", "check", "--quick", "--device", place.device]
+    command += [word for name in backends for word in ("--backend", name)]
+    command += [word for name in models for word in ("--model", name)]
     os.execve(sys.executable, command, environment())
+
+
+def check_triton(place) -> None:
+    """Of those models whose steps are measured: every kernel has to be compiled."""
+    from bench import gpu
+
+    check(place, "triton", models=gpu.TRITON)
 
 
 #: Stage -> (what it runs, its limit in seconds), in the order of importance.
@@ -288,11 +310,14 @@ STAGES = {
     "build": (build, 150),
     "ceilings": (ceilings, 40),
     "tests": (lambda place: tests(place, "-m", "gpu", "tests"), 150),
-    "kernels": (lambda place: tests(place, "tests/kernels/numerics"), 60),
+    "kernels": (lambda place: tests(place, "tests/kernels/numerics"), 150),
+    "message": (message, 60),
     "steps": (steps, 150),
-    "ops": (operators, 30),
+    "triton": (triton, 120),
+    "check": (lambda place: check(place, "reference", "cuda"), 60),
+    "ops": (operators, 40),
     "sanitizer": (sanitize, 60),
-    "check": (check, 60),
+    "check-triton": (check_triton, 90),
     "compiled": (compiled, 100),
 }
 

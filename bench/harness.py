@@ -11,7 +11,8 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +21,13 @@ import scalegmn_fast
 from bench.isolated import MeasurementError, reason
 
 RESULTS = Path(__file__).parent / "results"
+#: Types of products: what float32 products are told to be, and the type that autocast or a tensor has.
+DTYPES = {
+    "float32": ("highest", torch.float32),
+    "tf32": ("high", torch.float32),
+    "bfloat16": ("highest", torch.bfloat16),
+    "float16": ("highest", torch.float16),
+}
 #: Share of the processors that other processes may take while a row is timed.
 MOST_OTHERS = 0.05
 
@@ -171,6 +179,17 @@ def gemm_peak(size: int = 2048, device: str = "cpu", dtype: torch.dtype = torch.
     a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
     times = alternate({"gemm": lambda: torch.mm(a, b, out=out)}, seconds=1.0, sync=synchronizer(device))["gemm"]
     return 2 * size**3 / statistics.median(times)
+
+
+@contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Context: float32 products are IEEE ones, or TF32 for ``tf32``."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(DTYPES[dtype][0])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def merge(path: Path, rows: list[dict], key: tuple[str, ...], device: str = "cpu") -> dict:

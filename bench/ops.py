@@ -111,9 +111,8 @@ def op_cases(rows: int, width: int, device: str) -> Iterator[Case]:
 
 def measure(
     rows: int, width: int, device: str, names: list[str], bandwidth: float, peak: float, seconds: float
-) -> list[dict]:
-    """Rows of every op at one size, on each of the backends that serves it; which do not is said."""
-    found = []
+) -> Iterator[list[dict]]:
+    """The rows of one op at one size after the other, on each backend that serves it; which do not is said."""
     for case in op_cases(rows, width, device):
         reasons = {name: backends.why_not(name, case.name.split()[0], case.inputs[0]) for name in names}
         served = [name for name, reason in reasons.items() if reason is None]
@@ -139,10 +138,13 @@ def measure(
 
             return run
 
+        if "triton" in served:
+            compile_case(case)
         directions = (
             ("forward", forward, case.forward_bytes, case.flops),
             ("backward", backward, case.backward_bytes, 2 * case.flops),
         )
+        found = []
         for direction, make, count, flops in directions:
             sync = harness.synchronizer(device)
             times = harness.alternate({name: make(name) for name in served}, seconds=seconds, sync=sync)
@@ -153,7 +155,15 @@ def measure(
                 row["floor_ms"] = 1e3 * max(count / bandwidth, flops / peak)
                 row["against_reference"] = harness.ratio(times["reference"], values)
                 found.append(row)
-    return found
+        yield found
+
+
+def compile_case(case: Case) -> None:
+    """Compile the Triton kernels of a case, side by side."""
+    from scalegmn_fast.kernels.launching import compile_ahead
+
+    with compile_ahead(), backend("triton"):
+        torch.autograd.grad(case.call().sum(), case.inputs)
 
 
 def page(data: dict) -> str:
@@ -197,7 +207,8 @@ def main() -> None:
     measured = []
     for width in args.width:
         for count in args.rows:
-            rows = measure(count, width, args.device, names, bandwidth, peak, args.seconds)
+            found = measure(count, width, args.device, names, bandwidth, peak, args.seconds)
+            rows = [row for case in found for row in case]
             measured += rows
             if not on_gpu:
                 harness.merge(harness.RESULTS / "ops.json", rows, KEY)

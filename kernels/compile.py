@@ -68,9 +68,9 @@ class Usage:
     warps: int
 
 
-def _build(kernel, variant, dtype, aligned, **constants):
+def _build(kernel, variant, dtype, aligned, index="i32", **constants):
     cols = constants.get("BLOCK_COLS", constants.get("BLOCK"))
-    return Build(kernel, variant, cols, dtype, aligned, tuple(constants.items()))
+    return Build(kernel, variant, cols, dtype, aligned, tuple(constants.items()), index)
 
 
 def _acc(dtype):
@@ -90,7 +90,7 @@ def _normalize(direction, dtype, aligned, width):
     return _build(f"normalize_{direction}_kernel", "", dtype, aligned, EPS=1e-10, ACC=_acc(dtype), **row_tile(width))
 
 
-def _segment(kernel, reduce, order, dtype, aligned, width):
+def _segment(kernel, reduce, order, dtype, aligned, width, index="i32"):
     constants = {"REDUCE": reduce, "HAS_ORDER": order, "ACC": _acc(dtype), **segment_reduce.segment_tile(width)}
     if kernel != "chunks_kernel":
         constants["EPS"] = 1e-5
@@ -98,8 +98,9 @@ def _segment(kernel, reduce, order, dtype, aligned, width):
         constants["CHUNK"] = segment_reduce.CHUNK
     if kernel in ("segments_kernel", "chunks_kernel"):
         constants["UNROLL"] = segment_reduce.UNROLL
-    variant = ("all" if reduce == ALL_REDUCTIONS else reduce.replace(" ", "+")) + ("+order" if order else "")
-    return _build(kernel, variant, dtype, aligned, **constants)
+    variant = ["all" if reduce == ALL_REDUCTIONS else reduce.replace(" ", "+")]
+    variant += ["order"] * order + ["int64"] * (index == "i64")
+    return _build(kernel, "+".join(variant), dtype, aligned, index, **constants)
 
 
 def _powers(first, last):
@@ -154,6 +155,7 @@ def variants():
     for kernel, width in itertools.product(SEGMENT_KERNELS, SEGMENT_WIDTHS):
         for dtype, aligned in (("fp32", False), ("bf16", True)):
             yield _segment(kernel, ALL_REDUCTIONS, True, dtype, aligned, width)
+        yield _segment(kernel, "sum", True, "fp32", True, width, "i64")  # as row programs add up gradients of tables
     for kernel in SEGMENT_KERNELS:
         for reduce, order in (("sum", False), ("mean", False), ("sum", True), ("max", False), ("mean var", False)):
             yield _segment(kernel, reduce, order, "fp32", True, 128)

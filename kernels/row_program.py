@@ -20,6 +20,7 @@ import triton
 from scalegmn_fast.reference.row_program import result_dtype, sections
 
 from . import row_reductions, row_source, tuning
+from .launching import launch
 from .row_source import Operand, Request, UnsupportedError
 from .segment_reduce import segment_reduce
 from .sorted_index import sorted_index
@@ -155,9 +156,8 @@ class Reduction:
             return
         kernel, names = MERGES[self.kind]
         constants = merge_constants(self.width, self.heads, accumulator_type(self.wide))
-        kernel[(self.tiles, triton.cdiv(self.width, MERGE_COLS))](
-            *(self.names[name] for name in names), self.tiles, **constants
-        )
+        grid = self.tiles, triton.cdiv(self.width, MERGE_COLS)
+        launch(kernel, grid, *(self.names[name] for name in names), self.tiles, **constants)
 
     def results(self):
         """(what is reduced, what is kept, rows of the extremes)"""
@@ -269,7 +269,7 @@ def _launch(section, programs, named):
     """The kernels of a section, launched in turn."""
     arguments = [named[name] for name, _ in section.source.arguments]
     kernels = row_source.compiled(section.source)
-    return [kernel[(programs,)](*arguments, **options(section)) for kernel in kernels]
+    return [launch(kernel, (programs,), *arguments, **options(section)) for kernel in kernels]
 
 
 def _run(run, planned, arguments, wanted=None):

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import launch
 from .sorted_index import sorted_index
 from .tiles import MIN_COLS, TILE, WARPS, accumulator_type, launch_options, next_power_of_2
 
@@ -115,12 +116,11 @@ def _scan(
     for start in range(0, tl.max(length), UNROLL):
         for step in tl.static_range(UNROLL):
             k = start + step
-            valid = k < length
-            row = first + k * STRIDE
+            valid = (k < length)[:, None]
+            row = (first + k * STRIDE)[:, None]
             if HAS_ORDER:
                 row = tl.load(order + row, mask=valid, other=0).to(tl.int64)
-            valid = valid[:, None]
-            value = tl.load(x + row[:, None] * width + col[None, :], mask=valid & col_mask, other=0.0).to(ACC)
+            value = tl.load(x + row * width + col[None, :], mask=valid & col_mask, other=0.0).to(ACC)
             if SUM:
                 total += value
             if MOMENTS:
@@ -452,9 +452,8 @@ def _reduce(x, ptr, order, reduce, eps, dtype):
         **tile,
     }
     with torch.cuda.device_of(x):
-        segments_kernel[(triton.cdiv(segments, tile["BLOCK_LANES"]), cols)](
-            x, ptr, order, out, arg, segments, width, EPS=eps, UNROLL=UNROLL, **flags
-        )
+        grid = triton.cdiv(segments, tile["BLOCK_LANES"]), cols
+        launch(segments_kernel, grid, x, ptr, order, out, arg, segments, width, EPS=eps, UNROLL=UNROLL, **flags)
         slots = x.shape[0] if order is None else order.numel()
         if slots > CHUNK:
             chunks = triton.cdiv(slots, CHUNK)
@@ -463,12 +462,14 @@ def _reduce(x, ptr, order, reduce, eps, dtype):
             partial = torch.empty((2 * chunks, fields, width), dtype=acc, device=x.device)
             partial_at = torch.empty((2 * chunks, args, width), dtype=torch.int32, device=x.device)
             steps = segments.bit_length()
-            chunks_kernel[(2 * chunks, cols)](
-                x, ptr, order, partial, partial_at, segments, steps, width, UNROLL=UNROLL, **flags
-            )
-            merge_kernel[(chunks, cols)](
-                ptr, order, partial, partial_at, out, arg, segments, steps, width, EPS=eps, **flags
-            )
+            launch(
+                chunks_kernel, (2 * chunks, cols),
+                x, ptr, order, partial, partial_at, segments, steps, width, UNROLL=UNROLL, **flags,
+            )  # fmt: skip
+            launch(
+                merge_kernel, (chunks, cols),
+                ptr, order, partial, partial_at, out, arg, segments, steps, width, EPS=eps, **flags,
+            )  # fmt: skip
     return out, arg
 
 
@@ -505,7 +506,8 @@ def segment_reduce_backward(grad, x, ptr, order, arg, out, reduce, eps):
     tile = segment_tile(width)
     grid = (triton.cdiv(rows, tile["BLOCK_LANES"]), triton.cdiv(width, tile["BLOCK_COLS"]))
     with torch.cuda.device_of(x):
-        backward_kernel[grid](
+        launch(
+            backward_kernel, grid,
             grad, x, ptr, order, row_slots, row_ptr, arg, moments, grad_x, rows, segments, segments.bit_length(), width,
             REDUCE=" ".join(reduce), EPS=eps, HAS_ORDER=order is not None, ACC=accumulator_type(x.dtype), **tile,
         )  # fmt: skip

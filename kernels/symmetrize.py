@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate, activation_derivative
+from .launching import launch
 from .tiles import (
     LAYER_NORM_EPS,
     MAX_WIDTH,
@@ -246,14 +247,16 @@ def symmetrize(h, bias, norm_weight, norm_bias, kind, activation, eps, w0):
     acc = accumulator_type(h.dtype)
     with torch.cuda.device_of(h):
         if kind == "abs":
-            abs_forward_kernel[(triton.cdiv(h.numel(), TILE),)](h, out, h.numel(), ACC=acc, **FLAT_TILE)
+            grid = (triton.cdiv(h.numel(), TILE),)
+            launch(abs_forward_kernel, grid, h, out, h.numel(), ACC=acc, **FLAT_TILE)
             return out
         tile = _tile(width)
         grid = (triton.cdiv(rows, tile["BLOCK_ROWS"]),)
         if kind == "normalize":
-            normalize_forward_kernel[grid](h, out, rows, width, EPS=eps, ACC=acc, **tile)
+            launch(normalize_forward_kernel, grid, h, out, rows, width, EPS=eps, ACC=acc, **tile)
         else:
-            activation_forward_kernel[grid](
+            launch(
+                activation_forward_kernel, grid,
                 h, bias, norm_weight, norm_bias, out, rows, width,
                 ACTIVATION=activation, W0=w0, EPS=LAYER_NORM_EPS,
                 HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None, ACC=acc, **tile,
@@ -276,12 +279,13 @@ def symmetrize_backward(grad, h, bias, norm_weight, norm_bias, kind, activation,
     acc = accumulator_type(h.dtype)
     with torch.cuda.device_of(h):
         if kind == "abs":
-            abs_backward_kernel[(triton.cdiv(h.numel(), TILE),)](grad, h, grad_h, h.numel(), ACC=acc, **FLAT_TILE)
+            grid = (triton.cdiv(h.numel(), TILE),)
+            launch(abs_backward_kernel, grid, grad, h, grad_h, h.numel(), ACC=acc, **FLAT_TILE)
             return grad_h, *grads
         tile = _tile(width)
         programs = triton.cdiv(rows, tile["BLOCK_ROWS"])
         if kind == "normalize":
-            normalize_backward_kernel[(programs,)](grad, h, grad_h, rows, width, EPS=eps, ACC=acc, **tile)
+            launch(normalize_backward_kernel, (programs,), grad, h, grad_h, rows, width, EPS=eps, ACC=acc, **tile)
             return grad_h, *grads
         count = sum(p is not None for p in parameters)
         flags = {"HAS_BIAS": bias is not None, "HAS_NORM": norm_weight is not None}
@@ -292,12 +296,12 @@ def symmetrize_backward(grad, h, bias, norm_weight, norm_bias, kind, activation,
             dtype=torch.float64 if h.dtype == torch.float64 else torch.float32,
             device=h.device,
         )
-        activation_backward_kernel[(programs,)](
+        launch(
+            activation_backward_kernel, (programs,),
             grad, h, bias, norm_weight, norm_bias, grad_h, partial, rows, width,
             ACTIVATION=activation, W0=w0, EPS=LAYER_NORM_EPS, ACC=acc, **flags, **tile,
         )  # fmt: skip
         if count:
-            parameter_gradient_kernel[(triton.cdiv(width, PARTIAL_TILE["BLOCK_COLS"]),)](
-                partial, *grads, programs, width, **flags, **PARTIAL_TILE
-            )
+            grid = (triton.cdiv(width, PARTIAL_TILE["BLOCK_COLS"]),)
+            launch(parameter_gradient_kernel, grid, partial, *grads, programs, width, **flags, **PARTIAL_TILE)
     return grad_h, *grads

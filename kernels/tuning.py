@@ -16,6 +16,7 @@ import triton
 import triton.testing
 from triton.runtime.cache import get_cache_manager
 
+from .launching import compiles_only
 from .tiles import next_power_of_2
 
 TUNE = "SCALEGMN_FAST_TRITON_TUNE"
@@ -107,7 +108,7 @@ def tuned(planned, bounds, device, plan_in, run):
 
     planned: a `Section` per section, or None; bounds: of their rows; device: the current one; plan_in(tile=tile):
     the plan with all sections in a tile; run(plan): launches a plan, without sections that are None, into new outputs,
-    and returns the kernels. Waits for the device when it measures.
+    and returns the kernels. Waits for the device when it measures. Inside `compile_ahead` all the tiles are compiled.
     """
 
     def alone(place, tile):
@@ -119,7 +120,10 @@ def tuned(planned, bounds, device, plan_in, run):
         if section is None or not section.source.kernels or not rows:
             continue
         key = section, next_power_of_2(rows), device
-        if key not in _chosen and possible(device):
+        if compiles_only():
+            for tile in candidates(section.tile):
+                alone(place, tile)
+        elif key not in _chosen and possible(device):
             tile = _tile(*key, functools.partial(alone, place))
             _chosen[key] = plan_in(tile=tile)[place]
         found[place] = _chosen.get(key, section)

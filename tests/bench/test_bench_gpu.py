@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 
+import scalegmn_fast
 from bench import gpu, harness, isolated, ops, report
 from bench.compare_neural_graphs import forward_flops
+from bench.training import Training
 from scalegmn_fast.models import published_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not exactly equivariant")
@@ -54,11 +56,11 @@ def test_slug(name, slug):
 
 def test_precision_is_put_back():
     before = torch.get_float32_matmul_precision()
-    with contextlib.suppress(KeyError), gpu.precision("tf32"):
+    with contextlib.suppress(KeyError), harness.precision("tf32"):
         assert torch.get_float32_matmul_precision() == "high"
         raise KeyError
     assert torch.get_float32_matmul_precision() == before
-    with gpu.precision("float32"):
+    with harness.precision("float32"):
         assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -68,9 +70,9 @@ def test_ceilings_are_one_row_each(place, monkeypatch):
     said = gpu.measure_ceilings(place, megabytes=1, size=32)
     gpu.measure_ceilings(place, megabytes=1, size=32)
     found = gpu.ceilings(rows(place, "ceilings"))
-    assert set(found) == {"copy", *gpu.DTYPES} and all(rate > 0 for rate in found.values())
+    assert set(found) == {"copy", *harness.DTYPES} and all(rate > 0 for rate in found.values())
     assert len(rows(place, "ceilings")) == 5
-    assert all(name in said for name in gpu.DTYPES)
+    assert all(name in said for name in harness.DTYPES)
 
 
 def test_a_step_is_timed_on_every_side(place):
@@ -83,7 +85,36 @@ def test_a_step_is_timed_on_every_side(place):
         assert set(row["ratios"]) == {"reference / ours", "reference / graph"}
         assert set(row["bytes"]) == {"ours", "reference"} and row["step_flops"] > 0
         assert row["times"]["ours"]["p20_ms"] <= row["times"]["ours"]["median_ms"] <= row["times"]["ours"]["p80_ms"]
-    assert "launches" in exact and exact["launches"] is None
+    assert exact["launches"] == {} and "launches" not in half
+
+
+def test_rounds_as_row_programs_are_timed_too_and_compiled_ahead_with_a_model_of_its_own(place, monkeypatch):
+    """Here on the engine of CPUs, by the name of Triton's."""
+    pytest.importorskip("triton")
+    chosen, ahead = scalegmn_fast.backend, []
+
+    @contextlib.contextmanager
+    def compile_ahead():
+        ahead.append(True)
+        yield
+        ahead.append(False)
+
+    monkeypatch.setitem(gpu.ENGINES, "cpu", {"triton": "triton"})
+    monkeypatch.setattr("scalegmn_fast.kernels.launching.compile_ahead", compile_ahead)
+    monkeypatch.setattr(scalegmn_fast, "backend", lambda name: chosen("cpp" if name == "triton" else name))
+    trained = []
+    step = Training.step
+    monkeypatch.setattr(
+        Training,
+        "step",
+        lambda self, *args: (trained.append((self, ahead.count(True) - ahead.count(False))), step(self, *args)),
+    )
+    gpu.measure_steps(place, [(NAME, 2, "float32")], seconds=0, benchmark="triton")
+    (row,) = rows(place, "triton")
+    assert row["failures"] == {} and set(row["times"]) == {"ours", "graph", "rows triton", "graph rows triton"}
+    assert set(row["bytes"]) == {"ours", "rows triton"}
+    inside = {training for training, compiling in trained if compiling}
+    assert len(inside) == 2 and not inside & {training for training, compiling in trained if not compiling}
 
 
 @pytest.mark.parametrize("name", ["mnist_cls/pna", "mnist_cls/rtransformer"])
@@ -112,7 +143,7 @@ def test_steps_of_hetero_are_not_recorded(place):
 
 def test_where_ours_fails_the_stage_fails_after_all_rows(place, monkeypatch):
     monkeypatch.setattr("bench.gpu.Ours.forward", lambda *_: 1 / 0)
-    with pytest.raises(isolated.MeasurementError, match="ours failed in 2 of 2 rows: .*ZeroDivisionError"):
+    with pytest.raises(isolated.MeasurementError, match="2 of ours failed in 2 rows: .*ZeroDivisionError"):
         gpu.measure_steps(place, [(NAME, 1, "float32"), (NAME, 2, "float32")], seconds=0)
     assert len(rows(place, "steps")) == 2
 
@@ -140,6 +171,12 @@ def test_ops_are_measured_on_what_serves_them_and_the_rest_is_said(place, monkey
     assert "symmetrize normalize not on triton: it serves CUDA tensors" in capsys.readouterr().out
 
 
+def test_ops_stop_where_the_time_ends(place):
+    late = gpu.Place(place.device, place.output, time.monotonic() - 1)
+    assert gpu.measure_ops(late, count=64, widths=(8,), seconds=0) == "4 rows, no time for more"
+    assert len(rows(place, "ops")) == 4
+
+
 def test_what_the_sanitizer_runs(place):
     assert gpu.sanitize(place) == "48 calls, forward and backward"
 
@@ -153,9 +190,14 @@ def sample(place, dtype="float32", batch=16):
         {"benchmark": "ceilings", "op": "copy", "rate": 4e12},
         {**CEILING, "dtype": dtype},
         {"benchmark": "steps", "config": NAME, "batch": batch, "dtype": dtype, "times": times, "ratios": ratio,
-         "failures": {}, "bytes": {"original": 3_000_000, "ours": 200_000}, "step_flops": 10**9, "launches": 321},
+         "failures": {}, "bytes": {"original": 3_000_000, "ours": 200_000}, "step_flops": 10**9,
+         "launches": {"ours": 321}},
         {"benchmark": "steps", "config": "cifar10/scalegmn_hetero", "batch": batch, "dtype": dtype,
          "failures": {"ours": "out of memory"}},
+        {"benchmark": "message", "direction": "forward", "rows": 96, "width": 8, "dtype": dtype, "backend": "triton",
+         **harness.summary([2e-3]), "flops": 10**9, "against_reference": 12.0},
+        {"benchmark": "message", "direction": "forward", "rows": 96, "width": 8, "dtype": dtype, "backend": "cuda",
+         "failed": "out of memory"},
         {"benchmark": "stages", "config": "tests", "status": "passed", "detail": "604 passed", "seconds": 81.0},
     )  # fmt: skip
 
@@ -169,15 +211,19 @@ def test_the_page_of_a_gpu(place, monkeypatch, tmp_path):
     assert "GPU: cpu." in page and "## On cpu" in page
     assert "| tests | passed | 604 passed | 81 |" in page
     assert "Ceilings: copy 4000 GB/s, float32 2.0 TFLOP/s." in page
+    assert "| forward | 96 | 8 | float32 | triton | 2.000 | 0.5 | 25% | 12.00x |" in page
+    assert "| forward | 96 | 8 | float32 | cuda | out of memory |" in page
     assert "Training step, float32, batch 16:" in page
     line = next(line for line in page.splitlines() if line.startswith(f"| {NAME}"))
     cells = dict(zip(header(page), (cell.strip() for cell in line.strip("|").split("|")), strict=True))
     assert cells["ours (ms)"] == "4.00" and cells["original / graph"] == "40.00x"
     assert cells["floor (ms)"] == "0.500" and cells["graph / floor"] == "2.0" and cells["ours / floor"] == "8.0"
-    assert cells["memory"] == "15.0x" and cells["launches"] == "321"
+    assert cells["memory, original / ours"] == "15.0x" and cells["ours launches"] == "321"
     assert "ours: out of memory" in page and "**40.00x** (1)" in page
-    assert gpu.headlines(rows(place, "steps")) == [
-        "float32, batch 16: original / ours 10.00 (1), original / graph 40.00 (1), memory 15.00 (1)"
+    assert gpu.headlines(place.rows()) == [
+        "message forward, float32, triton: 0.25 of a square product's rate",
+        "Training step, float32, batch 16: original / ours 10.00 (1), original / graph 40.00 (1), "
+        "memory, original / ours 15.00 (1)",
     ]
 
 

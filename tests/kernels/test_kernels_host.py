@@ -1,16 +1,19 @@
 """What the Triton engine does on the host, shown on the device `meta`: kernels are not launched, all else runs."""
 
 import dataclasses
+import gc
 import inspect
 from collections import Counter
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from scalegmn_fast.kernels import compile as aot  # noqa: E402
 from scalegmn_fast.kernels import row_program  # noqa: E402
+from scalegmn_fast.kernels.launching import compile_ahead, compiles_only, launch  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction, KernelInterface  # noqa: E402
@@ -77,14 +80,28 @@ def compilations(monkeypatch):
     driver.set_active(None)  # the machine's own, looked for when it is needed
 
 
-def test_what_a_launch_compiles(compilations):
-    """Numbers have other types there than ahead of time, and a kernel whose arguments do not fit is refused."""
+@pytest.fixture
+def compiled_from_scratch(monkeypatch, tmp_path):
+    """Names of kernels that are compiled, each when it is done, for a cache that was empty."""
+    found = []
+
+    def note(*, src, cache_hit, **_):
+        if not cache_hit:
+            found.append(src.fn.__name__)
+
+    monkeypatch.setattr(triton.knobs.compilation, "listener", note)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return found
+
+
+def run_statistics(width):
+    """Forward and backward of a program of NG-GNN's kind."""
     program = RowProgram()
     aot.ROW_PROGRAMS["statistics"](
         program.section(200),
-        lambda: torch.empty(200, 16, device="meta"),
-        lambda: torch.empty(16, 16, device="meta"),
-        lambda: torch.empty(16, device="meta"),
+        lambda: torch.empty(200, width, device="meta"),
+        lambda: torch.empty(width, width, device="meta"),
+        lambda: torch.empty(width, device="meta"),
         *(torch.empty(200, dtype=torch.int64, device="meta") for _ in range(2)),
     )
     arguments = program.arguments(torch.empty(7, dtype=torch.int64, device="meta"))
@@ -93,8 +110,58 @@ def test_what_a_launch_compiles(compilations):
     grads = torch.empty_like(reduced), torch.empty_like(rows)
     found = row_program.row_program_backward(*grads, reduced, *kept, *arguments, [True] * len(tensors))
     assert [grad.shape for grad in found] == [tensor.shape for tensor in tensors]
+
+
+def test_what_a_launch_compiles(compilations):
+    """Numbers have other types there than ahead of time, and a kernel whose arguments do not fit is refused."""
+    run_statistics(16)
     assert compilations[:3] == ["forward_kernel", "merge_statistics_kernel", "stage0_kernel"]
     assert compilations[-1] == "segments_kernel"
+
+
+def test_compiled_ahead_a_step_compiles_nothing(compilations, compiled_from_scratch):
+    collected = gc.isenabled()
+    with compile_ahead(2):
+        assert compiles_only()
+        run_statistics(17)
+        run_statistics(17)
+    assert not compiles_only() and gc.isenabled() == collected
+    assert compilations == []  # nothing was launched
+    ahead = list(compiled_from_scratch)
+    assert {"forward_kernel", "merge_statistics_kernel", "stage0_kernel", "segments_kernel"} <= set(ahead)
+    run_statistics(17)
+    assert set(compilations) == set(ahead)
+    assert compiled_from_scratch == ahead
+
+
+@triton.jit
+def refused_kernel(x, COUNT: tl.constexpr):
+    tl.static_assert(COUNT == 1, "one alone")
+    tl.store(x, COUNT)
+
+
+def test_what_does_not_compile_ahead_says_so_where_it_is_launched(compilations, compiled_from_scratch):
+    x = torch.empty(16, device="meta")
+    with compile_ahead():
+        launch(refused_kernel, (1,), x, COUNT=2)
+        launch(refused_kernel, (1,), x, COUNT=1)
+    assert compiled_from_scratch == ["refused_kernel"]
+    with pytest.raises(Exception, match="one alone"):
+        launch(refused_kernel, (1,), x, COUNT=2).result()
+    launch(refused_kernel, (1,), x, COUNT=1)
+    assert compiled_from_scratch == ["refused_kernel"]
+
+
+def test_an_error_while_compiling_ahead_ends_it(compilations):
+    with pytest.raises(KeyError), compile_ahead(1):
+        raise KeyError
+    assert not compiles_only()
+    with pytest.raises(ValueError, match="workers: expected at least 1, got 0"), compile_ahead(0):
+        pass
+    with compile_ahead(1):
+        with pytest.raises(RuntimeError, match="active already"), compile_ahead(1):
+            pass
+        assert compiles_only()
 
 
 def on_meta(value):

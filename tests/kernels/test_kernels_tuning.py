@@ -8,6 +8,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from scalegmn_fast.kernels import row_program, tuning  # noqa: E402
+from scalegmn_fast.kernels.launching import compile_ahead  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from triton.runtime.jit import KernelInterface  # noqa: E402
 
@@ -146,6 +147,23 @@ def test_sections_run_in_their_fastest_tile(kernel, sign, expected, machine):
     assert machine.timed == 2 * 2 * 3
     assert machine.blocks(kernel, program("meta")) == expected
     assert machine.timed == 2 * 2 * 3
+
+
+def test_every_tile_that_would_be_tried_is_compiled_ahead(machine, monkeypatch):
+    """Those of 64, 128 and 32 rows, of 1000 rows and of 300."""
+    compiled = []
+
+    def warmup(kernel, *arguments, grid, num_warps, **options):
+        compiled.append((kernel.fn.__name__, grid[0], num_warps))
+
+    monkeypatch.setattr(KernelInterface, "warmup", warmup)
+    with compile_ahead(1):
+        step(program("meta"))
+    assert machine.timed == 0 and machine.launched == [] and tuning._chosen == {}
+    forward = {(blocks, warps) for kernel, blocks, warps in compiled if kernel == "forward_kernel"}
+    assert forward == {(16, 8), (8, 8), (32, 4), (5, 8), (3, 8), (10, 4)}
+    step(program("meta"))
+    assert machine.timed == 12 and set(machine.launched) <= set(compiled)
 
 
 def test_a_tuned_call_launches_what_it_needs(machine):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from scalegmn_fast.kernels import row_program as kernels
 from scalegmn_fast.kernels import sorted_index, tuning
+from scalegmn_fast.kernels.launching import compile_ahead
 from scalegmn_fast.kernels.row_source import parts_of
 
 from scalegmn_fast import backend, testing
@@ -190,6 +191,14 @@ def test_twice_the_same_bits(device):
     arguments = message(Inputs([4, 40, 2], 5, torch.float32, device), dropout=0.2)
     for first, second in zip(results(TRITON, arguments), results(TRITON, arguments), strict=True):
         assert torch.equal(first, second)
+
+
+def test_nothing_runs_while_it_is_compiled_ahead_and_all_is_right_after_it(device):
+    arguments = message(Inputs([4, 40, 2], 6, torch.float32, device), dropout=0.2)
+    with compile_ahead(2), nan_poisoned():
+        _, rows, *_ = results(TRITON, arguments)
+    assert rows.isnan().all()
+    assert_as_reference(arguments)
 
 
 def test_an_index_is_sorted_once(device, monkeypatch):
