@@ -33,18 +33,18 @@ def compile_ahead(workers: int | None = None) -> Iterator[None]:
 
     The first training step of a model compiles some 50 to 100 kernels, one after the other, each where it is launched.
     Here they are compiled side by side, for the very tensors that ops are called with, and are there for the calls
-    that follow; on disk, too, where Triton keeps them (``TRITON_CACHE_DIR``). What ops return inside is uninitialised
-    memory, and so are the gradients that a backward pass inside leaves: throw them away.
+    that follow; on disk, too, where Triton keeps them (``TRITON_CACHE_DIR``).
 
-        with scalegmn_fast.backend("triton"):
-            with compile_ahead():
-                loss_fn(model(batch), target).backward()
-            model.zero_grad()
+        with scalegmn_fast.backend("triton"), compile_ahead():
+            loss_fn(copy.deepcopy(model)(batch), target).backward()
+
+    What ops return inside is uninitialised memory, and so is what becomes of it: gradients, running statistics of
+    norms. Hence the copy. Random numbers are drawn as in any step.
 
     All threads of the process compile only, backward passes run on the calling thread, and Python's garbage collector
     rests until the end. Where ``SCALEGMN_FAST_TRITON_TUNE=1`` is set all the tiles that would be tried are compiled.
-    A kernel that does not compile raises nothing here but where it is launched. Under the interpreter, and with other
-    backends, whose kernels do run, there is nothing to compile.
+    A kernel that does not compile raises nothing here but where it is launched. Under the interpreter kernels neither
+    compile nor run inside; those of other backends run.
 
     Args:
         workers: kernels compiled at once, by default as many as this process has processors.
