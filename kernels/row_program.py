@@ -73,7 +73,9 @@ def tile_of(size, precision, backward, architecture):
     """
     small, narrow = size <= 128 * 128, size <= 64 * 128
     if precision == "ieee":
-        return Tile(64 if narrow else 32 if small else 16, 8)
+        if narrow:
+            return Tile(32, 4) if backward else Tile(64, 8)
+        return Tile(32 if small else 16, 8)
     if architecture in HOPPER or architecture in BLACKWELL:
         # Four warps multiply 64 rows there: with fewer rows per warp several compute the same.
         fewer = narrow or precision == "tf32x3" or (backward and not small)

@@ -82,11 +82,22 @@ def settled(x):
 
 
 @triton.jit
+def _once():
+    """1, which the compiler does not know. A loop of so many turns is a block of its own: compilers take a time that
+    grows with the square of a block's instructions.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, 1;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _dot(a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
     if INTERPRETED:  # it multiplies no bfloat16: wider, the same products
         return tl.dot(a.to(ACC), b.to(ACC), input_precision=PRECISION, out_dtype=ACC)
     if a.dtype == tl.float32 and PRECISION != "tf32":  # operands in registers: not those of several products at once
-        return settled(tl.dot(settled(a), settled(b), input_precision=PRECISION, out_dtype=ACC))
+        total = tl.zeros([a.shape[0], b.shape[1]], ACC)
+        for _ in range(_once()):
+            total = settled(tl.dot(settled(a), settled(b), input_precision=PRECISION, out_dtype=ACC))
+        return total
     return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
 
 

@@ -10,7 +10,7 @@ from ..graph import GraphBatch
 from ..graph.ends import sender_pairs
 from ..graph.plan import FIRST, HIDDEN, LAST
 from ..nn import Direction, FactoredEdges, RowClasses
-from ..nn.rows import Rows
+from ..nn.rows import Rows, clamped
 
 
 class Types(NamedTuple):
@@ -24,8 +24,8 @@ def node_classes(graph: GraphBatch, nodes: int | None = None) -> RowClasses:
     """Classes of the first ``nodes`` nodes (all if None)."""
     plan = graph.plan
     nodes = plan.num_nodes if nodes is None else nodes
-    last = min(nodes, plan.num_last)
-    hidden = min(nodes - last, plan.num_hidden)
+    last = clamped(plan.num_last, 0, nodes)
+    hidden = clamped(plan.num_hidden, 0, nodes - last)
     return RowClasses(last, hidden, nodes - last - hidden, _split(graph, "nodes"))
 
 
@@ -41,7 +41,7 @@ def forward_messages(graph: GraphBatch, senders: int, receivers: int, e: Rows, t
     plan = graph.plan
     edges = plan.edges_into(receivers)
     source, target = plan.index("source")[:edges], plan.index("target")[:edges]
-    last = min(edges, plan.edges_into_class(LAST))
+    last = clamped(plan.edges_into_class(LAST), 0, edges)
     paired = isinstance(e, FactoredEdges) and e.types is not None
     pairs = sender_pairs(plan, senders, edges, last, *types) if paired else None
     inner = () if types is None else plan.inner_edges()

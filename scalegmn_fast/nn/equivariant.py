@@ -214,9 +214,9 @@ class InvariantNet(SymmetryPair):
             return self.phi_last(*parts)
 
         if hasattr(self, "phi_last"):
-            branches = {last: ("last",), hidden: ("hidden",), first: ("first",)}
+            branches = [(last, ("last",)), (hidden, ("hidden",)), (first, ("first",))]
         else:
-            branches = {hidden: ("hidden",), first: ("last", "first")}
+            branches = [(hidden, ("hidden",)), (first, ("last", "first"))]
         return by_class(self.work.partition, (x,) if extra is None else (x, extra), classes, branches)
 
 
@@ -346,10 +346,9 @@ class EquivariantNet(PlannedModule):
             return branch
 
         first = through(self.eq_layers_in[index])
-        branches = {through(layer): ("hidden",)}
+        branches = [(through(layer), ("hidden",))]
         if self.eq_layers_last is None:
-            branches[first] = ("last", "first")
+            branches.append((first, ("last", "first")))
         else:
-            branches[through(self.eq_layers_last[index])] = ("last",)
-            branches[first] = ("first",)
+            branches += [(through(self.eq_layers_last[index]), ("last",)), (first, ("first",))]
         return by_class(self.work.partition, (x,) if extra is None else (x, extra), classes, branches)

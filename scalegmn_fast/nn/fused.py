@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import backends
 from ..ops.row_program import RowProgram, SectionWriter
-from .rows import FactoredEdges, GatheredRows, RowClasses, Rows, TracedRows, UpdatedEdges, count, take
+from .rows import FactoredEdges, GatheredRows, RowClasses, Rows, TracedRows, UpdatedEdges, clamped, count, take
 from .work import PlannedModule, WorkPlan
 
 CLASS_NAMES = ("last", "hidden", "first")
@@ -39,7 +39,7 @@ def _sections(
     for name in present:
         start, length = classes.range_of(name)
         for low, high, kind in _pieces(start, start + length, runs):
-            middle = min(max(cut, low), high)
+            middle = clamped(cut, low, high)
             for begin, end, before in ((low, middle, True), (middle, high, False)):
                 if end > begin or (before and not length):
                     yield program.section(end - begin), {"row_class": name, "absent": absent}, before, kind
@@ -49,7 +49,7 @@ def _sections(
 def _pieces(start: int, stop: int, runs: tuple) -> Iterator[tuple[int, int, int | None]]:
     """(first row, end, type) of the parts of a range inside of the runs, and with type None of those between them."""
     for first, length, kind in runs:
-        low, high = (min(max(bound, start), stop) for bound in (first, first + length))
+        low, high = (clamped(bound, start, stop) for bound in (first, first + length))
         yield start, low, None
         yield low, high, kind
         start = high

@@ -149,7 +149,7 @@ class PositionalEncoding(PlannedModule):
         def others(parts, _):
             return parts[0] + dense(parts[1])
 
-        return by_class(self.work.partition, (x, p), classes, {hidden: ("hidden",), others: ("last", "first")})
+        return by_class(self.work.partition, (x, p), classes, [(hidden, ("hidden",)), (others, ("last", "first"))])
 
     def _factored(self, edges: FactoredEdges, types: Tensor) -> FactoredEdges:
         p = self.pos_embed

@@ -5,6 +5,7 @@ Made again they cost little beside the messages; kept they would be most of what
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -51,22 +52,23 @@ class Tables:
     """Node rows that programs read and that follow from other tensors; each is made once."""
 
     def __init__(self):
-        self._made: dict[tuple, tuple[Tensor, tuple[Tensor | None, ...]]] = {}
+        self._made: list[tuple[Callable[..., Tensor], tuple[Tensor | None, ...], Tensor]] = []
 
     def made(self, function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
         """``function(*arguments)``."""
-        key = function, *map(id, arguments)
-        if key not in self._made:
-            self._made[key] = function(*arguments), arguments
-        return self._made[key][0]
+        for made, given, table in self._made:
+            if made is function and len(given) == len(arguments) and all(map(operator.is_, given, arguments)):
+                return table
+        self._made.append((function, arguments, function(*arguments)))
+        return self._made[-1][2]
 
     def forgotten(self) -> AbstractContextManager:
         """Context: ops that read the tables do not keep them for backward."""
-        if not self._made or not serves(next(iter(self._made.values()))[0]):
+        if not self._made or not serves(self._made[0][2]):
             return nullcontext()
         recipes = {
-            (table.data_ptr(), table.shape): _Recipe.of(table, key[0], arguments)
-            for key, (table, arguments) in self._made.items()
+            (table.data_ptr(), table.shape): _Recipe.of(table, function, arguments)
+            for function, arguments, table in self._made
             if table.numel()
         }
 

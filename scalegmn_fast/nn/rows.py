@@ -8,6 +8,7 @@ same modules then add steps to it instead of computing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -143,6 +144,7 @@ class TracedRows(NamedTuple):
 
 
 Rows = Tensor | GatheredRows | MappedRows | FactoredEdges | GatedEdges | UpdatedEdges | TracedRows
+Branches = Sequence[tuple[Callable[..., Rows], tuple[str, ...]]]
 
 
 def count(rows: Rows) -> int:
@@ -364,14 +366,21 @@ class RowClasses(NamedTuple):
         return self.split.select(self.start, self.start + self.last + self.hidden + self.first)
 
 
-def by_class(partition: bool, parts: tuple[Rows, ...], classes: RowClasses, branches: dict) -> Tensor:
+def clamped(row: int, low: int, high: int) -> int:
+    """The row, or the end of low..high that it is beyond. `torch.export` of PyTorch 2.11 does not understand `min`."""
+    if row <= low:
+        return low
+    return high if row >= high else row
+
+
+def by_class(partition: bool, parts: tuple[Rows, ...], classes: RowClasses, branches: Branches) -> Tensor:
     """Run each class of rows through its own branch.
 
     Args:
         partition: slice the rows by class; otherwise run every branch on all rows and select by a mask.
         parts: blocks of rows of equal count, handed to a branch together.
         classes: the row classes.
-        branches: function -> names of its classes; ``function(parts, classes) -> [R, d]``.
+        branches: (function, names of its classes); ``function(parts, classes) -> [R, d]``.
 
     A branch without rows runs on none, so that its parameters get zero gradients instead of no gradients (optimisers
     with weight decay and DistributedDataParallel see the same parameters in every step).
@@ -381,7 +390,7 @@ def by_class(partition: bool, parts: tuple[Rows, ...], classes: RowClasses, bran
     if not partition:
         return _masked(parts, classes, branches)
     pieces = {}
-    for branch, names in branches.items():
+    for branch, names in branches:
         filled = [name for name in names if classes.range_of(name)[1]] or names[:1]
         for name in filled:
             start, length = classes.range_of(name)
@@ -390,12 +399,12 @@ def by_class(partition: bool, parts: tuple[Rows, ...], classes: RowClasses, bran
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
 
 
-def _traced_by_class(parts: tuple[TracedRows, ...], classes: RowClasses, branches: dict) -> TracedRows:
+def _traced_by_class(parts: tuple[TracedRows, ...], classes: RowClasses, branches: Branches) -> TracedRows:
     """The branch of the rows' class; inside it they are hidden rows, as in `RowClasses.only`."""
     own, absent = parts[0].row_class, parts[0].absent
     inner = tuple(part._replace(row_class="hidden", absent=("last", "first")) for part in parts)
     out = None
-    for branch, names in branches.items():
+    for branch, names in branches:
         if own in names:
             out = branch(inner, classes)
         elif set(names) <= set(absent):
@@ -403,11 +412,11 @@ def _traced_by_class(parts: tuple[TracedRows, ...], classes: RowClasses, branche
     return out
 
 
-def _masked(parts, classes: RowClasses, branches: dict) -> Tensor:
+def _masked(parts, classes: RowClasses, branches: Branches) -> Tensor:
     total = classes.last + classes.hidden + classes.first
     everything = RowClasses(0, total, 0, classes.split, classes.start)
     out = 0
-    for branch, names in branches.items():
+    for branch, names in branches:
         values = branch(parts, everything)
         mask = values.new_zeros(total, 1)
         for name in names:

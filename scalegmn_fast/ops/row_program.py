@@ -28,6 +28,8 @@ from scalegmn_fast.reference.row_program import row_program_backward as backward
 _ARGUMENTS = (
     "Tensor[] tensors, Tensor[] indices, SymInt[] bounds, int[] code, float[] constants, Tensor? ptr, Tensor? seed"
 )
+# Asked here: PyTorch 2.11 cannot compile the question.
+_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind))
 _CODES = {name: code for code, name in enumerate(OPERATIONS)}
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
@@ -180,8 +182,7 @@ class Operands:
     def cast(self, tensor: Tensor) -> Tensor:
         """A table or weight as autocast has it: float32 becomes its lower precision."""
         device = tensor.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if tensor.dtype != torch.float32 or not autocast:
+        if tensor.dtype != torch.float32 or device not in _AUTOCAST or not torch.is_autocast_enabled(device):
             return tensor
         for given, cast in self.casts:
             if given is tensor:
