@@ -31,6 +31,7 @@ ROW_CASES = (
     ("message", 128, torch.float32, "ieee"),
     ("message", 64, torch.bfloat16, "ieee"),
     ("message", 64, torch.float32, "tf32"),
+    ("message", 64, torch.float32, "ieee"),
     ("attention", 64, torch.bfloat16, "ieee"),
     ("attention", 64, torch.float32, "tf32"),
     ("statistics", 128, torch.bfloat16, "ieee"),
