@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 from unittest import mock
@@ -98,7 +98,7 @@ def ready(message: Message, ways: tuple[Way, ...]) -> tuple[dict[str, tuple[Way,
     with compile_ahead():
         for way in ways:
             if way.backend == "triton":
-                with way.chosen():
+                with suppress(Exception), way.chosen():  # said below
                     message.backward(message.call())
     found, failures = {}, {}
     for way in ways:

@@ -37,10 +37,14 @@ def test_the_message_is_measured_per_engine_direction_and_type(place):
 
 
 def test_an_engine_that_fails_is_named_and_the_others_are_measured(place, monkeypatch):
-    monkeypatch.setitem(message.WAYS, "cpu", (message.Way("cuda"), message.Way("cpp")))
+    monkeypatch.setitem(message.WAYS, "cpu", (message.Way("cuda"), message.Way("triton"), message.Way("cpp")))
     with pytest.raises(isolated.MeasurementError, match="cuda, tf32: BackendError"):
         gpu.measure_message(place, rows=70, width=8, seconds=0)
-    assert {row["backend"]: "failed" in row for row in rows(place)} == {"cuda": True, "cpp": False}
+    assert {row["backend"]: "failed" in row for row in rows(place)} == {
+        "cuda": True,
+        "triton": True,
+        "cpp": False,
+    }
 
 
 def test_tiles_of_a_way_are_pinned_within_it(monkeypatch):
