@@ -203,8 +203,9 @@ def tests(place, *selection: str) -> str:
     left = without_packages(files)
     for path, missing in left.items():
         print(f"left out: {path.relative_to(ROOT)} needs {', '.join(missing)}", flush=True)
-    # pyproject's options name plugins that may not be there
-    command = [sys.executable, "-m", "pytest", "-v", "--strict-markers", "-o", "addopts=", "-p", "no:cacheprovider"]
+    # pyproject's options name plugins that may not be there; the limit of a test is not for those that compile kernels
+    command = [sys.executable, "-m", "pytest", "-v", "--strict-markers", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=", "-o", "timeout=0"]
     command += ["-n", "auto"] if importable("xdist") else []
     command += [f"--ignore={path}" for path in left] + list(selection)
     os.execve(sys.executable, command, environment())

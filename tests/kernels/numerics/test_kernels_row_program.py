@@ -298,6 +298,9 @@ def assert_model_as_reference(model, numbers, device, monkeypatch):
     testing.randomize_parameters(model, generator=torch.Generator().manual_seed(1), spread=0.02)
     exact = model_results(model, numbers, "reference", torch.float64, device)
     eager = model_results(model, numbers, "reference", torch.float32, device)
+    if device.type == "cuda":  # a hundred kernels
+        with compile_ahead():
+            model_results(model, numbers, "triton", torch.float32, device)
     calls = []
     for entry in ("row_program", "row_program_backward"):
         original = getattr(kernels, entry)
