@@ -79,6 +79,7 @@ class Machine:
 def machine(monkeypatch, tmp_path):
     found = Machine()
     monkeypatch.setenv(tuning.TUNE, "1")
+    monkeypatch.setenv(row_program.PRECISION, "tf32")  # the table's tile is 64 x 4 in both directions
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: found.launcher(kernel, grid))
     monkeypatch.setattr(tuning, "milliseconds", found.milliseconds)
@@ -161,7 +162,7 @@ def test_every_tile_that_would_be_tried_is_compiled_ahead(machine, monkeypatch):
         step(program("meta"))
     assert machine.timed == 0 and machine.launched == [] and tuning._chosen == {}
     forward = {(blocks, warps) for kernel, blocks, warps in compiled if kernel == "forward_kernel"}
-    assert forward == {(16, 8), (8, 8), (32, 4), (5, 8), (3, 8), (10, 4)}
+    assert forward == {(16, 4), (8, 8), (32, 4), (5, 4), (3, 8), (10, 4)}
     step(program("meta"))
     assert machine.timed == 12 and set(machine.launched) <= set(compiled)
 
@@ -211,7 +212,7 @@ def test_the_table_s_tiles_while_nothing_can_be_timed(machine, tmp_path, monkeyp
     """And they are not kept: a call that can be timed is; a later one that cannot takes what that chose."""
     arguments = program("meta")
     monkeypatch.setattr(tuning, "possible", lambda device: False)
-    assert machine.blocks("forward_kernel", arguments) == [(16, 8), (5, 8)]
+    assert machine.blocks("forward_kernel", arguments) == [(16, 4), (5, 4)]
     assert machine.timed == 0 and files(tmp_path) == []
     monkeypatch.setattr(tuning, "possible", lambda device: True)
     step(arguments)
@@ -238,8 +239,8 @@ def test_fake_tensors_are_not_timed(machine):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        (tuning.TUNE, "0", [(16, 8), (5, 8)]),
-        (tuning.TUNE, "", [(16, 8), (5, 8)]),
+        (tuning.TUNE, "0", [(16, 4), (5, 4)]),
+        (tuning.TUNE, "", [(16, 4), (5, 4)]),
         (row_program.ROWS, "64", [(16, 4), (5, 4)]),
         (row_program.ROWS, "128", [(8, 8), (3, 8)]),
     ],
