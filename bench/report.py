@@ -148,10 +148,11 @@ SECTIONS = (
 GPU = """## On {name}
 
 `make gpu-check`. A training step of each side in turn, at the same batch and loss; products in float32, in TF32, or
-under autocast to bfloat16. *ours*: launched operator by operator; *graph*: the whole step captured in a CUDA graph and
-replayed; *reference*: ours on the reference backend; *original*, and compiled. The floor is the products that a step
-asks for at the rate of a large square one of the type. Memory is the highest allocated during a step minus that
-before. *launches*: kernels, copies and fills of ours.
+under autocast to bfloat16. *ours*: as PyTorch operators over fused ops; *rows*: rounds as row programs, of the engine
+that is named; *graph*: the whole step captured in a CUDA graph and replayed; *reference*: ours on the reference
+backend; *original*, and compiled. The floor is the products that a step asks for at the rate of a large square one of
+the type. Memory is the highest allocated during a step minus that before. *launches*: kernels, copies and fills. The
+fused message is that of `python -m bench.message`.
 
 {page}
 
